@@ -1,0 +1,46 @@
+"""What a domain and its environments are.
+
+A `Domain` is an endless, seeded sequence of tasks per split; an `Environment`
+is one episode's world: it opens the conversation, answers the policy's
+messages and scores what happened. Environments know nothing of tokens.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from forge_jax import types
+
+
+class Environment(Protocol):
+  """The world of one episode."""
+
+  @property
+  def tools(self) -> Sequence[types.Message]:
+    """Tool specifications in the OpenAI wire format; empty: none."""
+
+  def reset(self) -> types.Messages:
+    """The messages that open the conversation."""
+
+  def respond(self, reply: types.Message) -> types.Messages | None:
+    """Answers an assistant message; None ends the episode."""
+
+  def rewards(self) -> Sequence[types.Reward]:
+    """The named rewards of what has happened so far; never raises."""
+
+
+class Domain(Protocol):
+  """A kind of task, with its splits and its verifier."""
+
+  @property
+  def name(self) -> str:
+    """The domain's name, the first part of its tasks' ids."""
+
+  @property
+  def max_tokens(self) -> int:
+    """Most new tokens of one completion."""
+
+  def task(self, split: str, index: int) -> types.Task:
+    """The index-th task of a split; the same for the same domain seed."""
+
+  def environment(self, task: types.Task) -> Environment:
+    """A fresh environment for one episode of the task."""

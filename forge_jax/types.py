@@ -1,0 +1,201 @@
+"""The carriers that cross a boundary between packages.
+
+Every carrier is a frozen dataclass of plain Python and NumPy, so that the
+packages that run without JAX (agents, gateway, tasks, pool) can share them.
+Each says who writes it and what an absent value means.
+
+Axis legend, used as name suffixes (`tokens_BT` has axes B and T):
+
+  B  packs of one device batch, sharded over the mesh's data axes
+  T  tokens of a pack, in depth-first order of its prefix forest
+  E  edges: the distinct loss-bearing tokens of a pack
+  M  rows: one per (completion, response token)
+  P  prompt tokens of a completion     R  response tokens of a completion
+  L  layers        D  model width      F  hidden width of the MLP
+  H  query heads   K  key/value heads  C  channels of a head
+  V  vocabulary    S  cache slots of the engine     W  positions of a slot
+  N  block pairs of an attention plan  G  episodes of a group
+"""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+import enum
+from typing import Any
+
+import numpy as np
+
+
+class StopReason(enum.StrEnum):
+  """Why the engine stopped sampling a completion."""
+
+  STOP = "stop"  # a stop token or a stop string was sampled
+  LENGTH = "length"  # the token budget or the context is used up
+  ABORT = "abort"  # the client went away or the episode was cancelled
+
+
+class EpisodeStatus(enum.StrEnum):
+  """How an episode ended."""
+
+  COMPLETED = "completed"  # the agent returned
+  FAILED = "failed"  # the agent or its environment raised; see `error`
+  TIMED_OUT = "timed_out"  # its deadline passed; what it had is kept
+
+
+class Component(enum.StrEnum):
+  """The reward component of r_t = alpha*process + beta*speed + perf."""
+
+  PERF = "perf"  # the task's verifier
+  PROCESS = "process"  # dense, about one completion's behaviour
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Task:
+  """One thing to do. Written by tasks/, read by rollout/ and agents/."""
+
+  id: str  # unique within a run: "<domain>/<split>/<index>"
+  domain: str
+  index: int  # position in the domain's endless, seeded sequence
+  payload: Mapping[str, Any]  # JSON values; their meaning is the domain's
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Reward:
+  """One named reward. Written by a task's environment or over HTTP."""
+
+  name: str
+  component: Component
+  value: float
+  step: int | None = None  # completion it belongs to; None: the last one
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Completion:
+  """One (state, action) pair, exactly as sampled. Written by the gateway.
+
+  The prompt is what the model saw and the response what it sampled; neither
+  was ever re-encoded from text.
+  """
+
+  id: str
+  prompt_ids: np.ndarray  # int32 [P]
+  response_ids: np.ndarray  # int32 [R], with the sampled stop token, if any
+  logprobs: np.ndarray  # float32 [R], under the sampling distribution, nats
+  versions: np.ndarray  # int32 [R], weight version that sampled each token
+  stop_reason: StopReason
+  parent: str | None = None  # completion this prompt extends; None: a root
+  fork_reason: str | None = None  # why a continuation did not extend; or None
+  started: float = 0.0  # seconds since the session was opened
+  finished: float = 0.0  # seconds since the session was opened
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Episode:
+  """One agent's attempt at a task. Written by rollout/."""
+
+  id: str
+  task: Task
+  member: int  # 0..G-1 within its group
+  seed: int  # of everything sampled in the episode
+  status: EpisodeStatus
+  completions: tuple[Completion, ...]  # in the order they were requested
+  rewards: tuple[Reward, ...]
+  messages: tuple[Mapping[str, Any], ...] = ()  # transcript, for people
+  seconds: float = 0.0  # wall-clock from start to end, tools included
+  error: str | None = None  # what failed, when status is not COMPLETED
+
+  @property
+  def perf(self) -> float:
+    """Sum of the perf rewards."""
+    return sum(r.value for r in self.rewards if r.component == Component.PERF)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Group:
+  """The G episodes of one task: an item of the windowed FIFO queue."""
+
+  index: int  # submission order, from 0, never reused within a run
+  task: Task
+  episodes: tuple[Episode, ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Sample:
+  """A completion with its credit: the input of the prefix-tree merge.
+
+  Written by algo-driven code in trainer/; all response arrays have length R.
+  """
+
+  name: str  # for error messages: "<episode>/<completion number>"
+  prompt_ids: np.ndarray  # int32 [P]
+  response_ids: np.ndarray  # int32 [R]
+  logprobs: np.ndarray  # float32 [R], behaviour policy
+  advantages: np.ndarray  # float32 [R]
+  weights: np.ndarray  # float32 [R], factor of each token's loss term
+  versions: np.ndarray  # int32 [R]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class PrefixTree:
+  """A forest of merged sequences, laid out in depth-first order.
+
+  Key k is visible to query q exactly when k <= q < subtree_end_T[k].
+  """
+
+  tokens_T: np.ndarray  # int32
+  position_T: np.ndarray  # int32, depth of the token in its sequence
+  parent_T: np.ndarray  # int32, index of the predecessor; -1 at a root
+  subtree_end_T: np.ndarray  # int32, exclusive
+  paths: tuple[np.ndarray, ...]  # int32 per sequence: its tokens' indices
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class TreeLayout:
+  """What tree attention needs to know of B packs; built on the host.
+
+  The block plan lists the visible (query block, key block) pairs twice, by
+  query block and by key block, in compressed sparse row form; entries past
+  the last row pointer are padding.
+  """
+
+  subtree_end_BT: np.ndarray  # int32; a padding token i has i + 1
+  query_start: np.ndarray  # int32 [B, T/block + 1], row pointers by query
+  key_block: np.ndarray  # int32 [B, N], key blocks, sorted by query block
+  key_start: np.ndarray  # int32 [B, T/block + 1], row pointers by key
+  query_block: np.ndarray  # int32 [B, N], query blocks, sorted by key block
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class PackedBatch:
+  """The trainer's only input. Written by tree/pack.py, static shapes.
+
+  The log-probability of edge e is read at hidden state `edge_parent_BE[e]`;
+  row m trains edge `row_edge_BM[m]`. Padding rows have weight 0, version -1.
+  """
+
+  tokens_BT: np.ndarray  # int32
+  position_BT: np.ndarray  # int32
+  layout: TreeLayout
+  edge_parent_BE: np.ndarray  # int32, index in T
+  edge_token_BE: np.ndarray  # int32, token id whose log-probability is read
+  row_edge_BM: np.ndarray  # int32, index in E
+  old_logprob_BM: np.ndarray  # float32, recorded behaviour log-probability
+  advantage_BM: np.ndarray  # float32
+  weight_BM: np.ndarray  # float32
+  version_BM: np.ndarray  # int32, weight version that sampled the token
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class WeightsVersion:
+  """A policy's weights: how the trainer and an engine meet.
+
+  In one process `params` holds the arrays; between processes `path` names a
+  safetensors directory. Exactly one of the two is set.
+  """
+
+  version: int  # number of trainer steps taken
+  params: Any | None = None
+  path: str | None = None
+
+
+Message = Mapping[str, Any]  # a chat message in the OpenAI wire format
+Messages = Sequence[Message]
