@@ -1,0 +1,136 @@
+"""The layers of a decoder; attention itself is injected.
+
+Kernels are input-major (`y = x @ kernel`) and kept in the parameters' dtype;
+a layer computes in the dtype of its input, norms and rotations in float32.
+"""
+
+from collections.abc import Callable
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+
+from forge_jax.model import config as model_config
+from forge_jax.model import rope
+
+# (q [..., H, C], k [..., K, C], v [..., K, C]) -> o [..., H, C]
+Attend = Callable[[jnp.ndarray, jnp.ndarray, jnp.ndarray], jnp.ndarray]
+Angles = tuple[jnp.ndarray, jnp.ndarray]
+
+_INIT_STD = 0.02
+
+
+class Linear(nnx.Module):
+  """y = x @ kernel (+ bias)."""
+
+  def __init__(
+    self, inputs: int, outputs: int, *, bias: bool = False, rngs: nnx.Rngs
+  ):
+    self.kernel = nnx.Param(
+      jax.random.normal(rngs.params(), (inputs, outputs)) * _INIT_STD
+    )
+    self.bias = nnx.Param(jnp.zeros((outputs,))) if bias else None
+
+  def __call__(self, x: jnp.ndarray) -> jnp.ndarray:
+    y = x @ self.kernel[...].astype(x.dtype)
+    if self.bias is not None:
+      bias = self.bias[...].astype(x.dtype)
+      y = y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
+    return y
+
+
+class RMSNorm(nnx.Module):
+  """x / rms(x) * scale over the last axis (Zhang & Sennrich, 2019)."""
+
+  def __init__(self, width: int, eps: float):
+    self.scale = nnx.Param(jnp.ones((width,)))
+    self.eps = eps
+
+  def __call__(self, x: jnp.ndarray) -> jnp.ndarray:
+    # At least float32, and float64 where the caller computes in it.
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    mean_square = jnp.mean(wide * wide, axis=-1, keepdims=True)
+    scale = self.scale[...].reshape((1,) * (x.ndim - 1) + (-1,))
+    normed = wide * jax.lax.rsqrt(mean_square + self.eps)
+    return normed.astype(x.dtype) * scale.astype(x.dtype)
+
+
+class Attention(nnx.Module):
+  """Grouped-query attention around an injected `attend`."""
+
+  def __init__(self, config: model_config.ModelConfig, *, rngs: nnx.Rngs):
+    c = config
+    query_width, key_width = (
+      c.num_heads * c.head_dim,
+      c.num_kv_heads * c.head_dim,
+    )
+    self.query = Linear(c.width, query_width, bias=c.qkv_bias, rngs=rngs)
+    self.key = Linear(c.width, key_width, bias=c.qkv_bias, rngs=rngs)
+    self.value = Linear(c.width, key_width, bias=c.qkv_bias, rngs=rngs)
+    self.out = Linear(query_width, c.width, bias=c.out_bias, rngs=rngs)
+    self.query_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else None
+    self.key_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else None
+    self.head_dim = c.head_dim
+
+  def __call__(
+    self, x: jnp.ndarray, angles: Angles, attend: Attend
+  ) -> jnp.ndarray:
+    def heads(y):
+      return y.reshape(*y.shape[:-1], -1, self.head_dim)
+
+    q, k = heads(self.query(x)), heads(self.key(x))
+    v = heads(self.value(x))
+    if self.query_norm is not None:
+      q, k = self.query_norm(q), self.key_norm(k)
+    o = attend(rope.rotate(q, *angles), rope.rotate(k, *angles), v)
+    return self.out(o.reshape(*x.shape[:-1], -1))
+
+
+class Mlp(nnx.Module):
+  """down(silu(gate(x)) * up(x)) (SwiGLU, Shazeer, 2020)."""
+
+  def __init__(self, config: model_config.ModelConfig, *, rngs: nnx.Rngs):
+    width, hidden, bias = config.width, config.mlp_width, config.mlp_bias
+    self.gate = Linear(width, hidden, bias=bias, rngs=rngs)
+    self.up = Linear(width, hidden, bias=bias, rngs=rngs)
+    self.down = Linear(hidden, width, bias=bias, rngs=rngs)
+
+  def __call__(self, x: jnp.ndarray) -> jnp.ndarray:
+    return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+
+class DecoderLayer(nnx.Module):
+  """Pre-norm attention and MLP, each with a residual."""
+
+  def __init__(self, config: model_config.ModelConfig, *, rngs: nnx.Rngs):
+    self.attention_norm = RMSNorm(config.width, config.norm_eps)
+    self.attention = Attention(config, rngs=rngs)
+    self.mlp_norm = RMSNorm(config.width, config.norm_eps)
+    self.mlp = Mlp(config, rngs=rngs)
+
+  def __call__(
+    self, x: jnp.ndarray, angles: Angles, attend: Attend
+  ) -> jnp.ndarray:
+    x = x + self.attention(self.attention_norm(x), angles, attend)
+    return x + self.mlp(self.mlp_norm(x))
+
+
+class Embed(nnx.Module):
+  """A table of token vectors, read as input or multiplied as LM head."""
+
+  def __init__(self, vocab_size: int, width: int, *, rngs: nnx.Rngs):
+    self.embedding = nnx.Param(
+      jax.random.normal(rngs.params(), (vocab_size, width)) * _INIT_STD
+    )
+
+  def __call__(self, tokens: jnp.ndarray, dtype) -> jnp.ndarray:
+    return self.embedding[...][tokens].astype(dtype)
+
+  def logits(self, hidden: jnp.ndarray) -> jnp.ndarray:
+    """Logits [..., V] of hidden states [..., D], in at least float32."""
+    dtype = jnp.promote_types(hidden.dtype, jnp.float32)
+    return jnp.einsum(
+      "...d,vd->...v",
+      hidden.astype(dtype),
+      self.embedding[...].astype(dtype),
+    )
