@@ -155,7 +155,7 @@ def abstract(
 def flatten(state: nnx.State) -> dict[str, jax.Array]:
   """A state's arrays by their '/'-joined names."""
   return {
-    "/".join(map(str, path)): leaf[...]
+    "/".join(map(str, path)): leaf.get_value()
     for path, leaf in nnx.to_flat_state(state)
   }
 
