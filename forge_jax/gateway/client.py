@@ -1,0 +1,115 @@
+"""A client of the gateway's admin routes: what opens and closes sessions."""
+
+from collections.abc import Mapping
+import dataclasses
+from typing import Any
+import urllib.parse
+
+import aiohttp
+
+from forge_jax import errors
+from forge_jax import types
+from forge_jax.gateway import wire
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SessionKeys:
+  """What an agent needs to reach its session."""
+
+  api_key: str
+  base_url: str  # ends in "/v1"
+
+
+class GatewayClient:
+  """Opens, scores and closes sessions; used from one asyncio loop."""
+
+  def __init__(self, url: str, admin_token: str):
+    """Connects lazily to the gateway at `url`, such as http://host:port."""
+    self._url = url.rstrip("/")
+    self._token = admin_token
+    self._http: aiohttp.ClientSession | None = None
+
+  async def open_session(
+    self, id: str, *, seed: int, sampling: Mapping[str, float] | None = None
+  ) -> SessionKeys:
+    """Opens a session, named uniquely among the gateway's open ones.
+
+    Args:
+      id: the session's name, usually the episode's.
+      seed: of everything sampled in the session, 0 <= seed < 2**31.
+      sampling: values of temperature, top_p and top_k for requests that set
+        none themselves.
+
+    Raises:
+      GatewayError: the gateway is unreachable or refuses.
+    """
+    body = {"id": id, "seed": seed, "sampling": dict(sampling or {})}
+    reply = await self._call("POST", "/admin/sessions", body)
+    return SessionKeys(reply["api_key"], f"{self._url}/v1")
+
+  async def close_session(
+    self, id: str
+  ) -> tuple[tuple[types.Completion, ...], tuple[types.Reward, ...]]:
+    """Closes a session; returns what was captured, in request order.
+
+    Requests in flight are aborted; what they had sampled is kept.
+
+    Raises:
+      GatewayError: the gateway is unreachable or knows no such session.
+    """
+    reply = await self._call("POST", f"{_path(id)}/close", {})
+    return (
+      tuple(wire.completion_from_json(c) for c in reply["completions"]),
+      tuple(wire.reward_from_json(r) for r in reply["rewards"]),
+    )
+
+  async def post_reward(self, id: str, reward: types.Reward) -> None:
+    """Adds a reward to an open session.
+
+    Raises:
+      GatewayError: the gateway is unreachable or knows no such session.
+    """
+    body = {"rewards": [wire.reward_to_json(reward)]}
+    await self._call("POST", f"{_path(id)}/rewards", body)
+
+  async def forest(self, id: str) -> Mapping[str, Any]:
+    """The forest captured so far, as the gateway's JSON.
+
+    Raises:
+      GatewayError: the gateway is unreachable or knows no such session.
+    """
+    return await self._call("GET", f"{_path(id)}/forest")
+
+  async def aclose(self) -> None:
+    """Closes the connections; the client may be used again."""
+    if self._http is not None:
+      await self._http.close()
+      self._http = None
+
+  async def _call(
+    self, method: str, path: str, body: Mapping[str, Any] | None = None
+  ) -> Mapping[str, Any]:
+    if self._http is None:
+      self._http = aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0),
+        headers={"Authorization": f"Bearer {self._token}"},
+      )
+    try:
+      async with self._http.request(
+        method, self._url + path, json=body
+      ) as response:
+        reply = await response.json()
+    except (aiohttp.ClientError, TimeoutError, ValueError) as error:
+      raise errors.GatewayError(
+        f"{method} {self._url}{path}: {type(error).__name__}: {error}"
+      ) from error
+    if response.status >= 400:
+      message = reply.get("error", {}).get("message", reply)
+      raise errors.GatewayError(
+        f"{method} {self._url}{path}: {response.status}: {message}"
+      )
+    return reply
+
+
+def _path(id: str) -> str:
+  return f"/admin/sessions/{urllib.parse.quote(id, safe='')}"
