@@ -7,8 +7,7 @@ import urllib.parse
 
 import aiohttp
 
-from forge_jax import errors
-from forge_jax import types
+from forge_jax import errors, types
 from forge_jax.gateway import wire
 
 

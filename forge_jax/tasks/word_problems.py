@@ -23,8 +23,7 @@ import re
 
 import numpy as np
 
-from forge_jax import errors
-from forge_jax import types
+from forge_jax import errors, types
 from forge_jax.tasks import base
 
 SUCCESS = "answer"  # the reward whose presence makes an episode a success
