@@ -1,0 +1,132 @@
+"""An engine that plays a script instead of sampling from a model.
+
+For tests, dry runs and benchmarks of whatever talks to an engine. It honours
+the whole protocol: budgets, stop tokens and strings, aborts, weight versions;
+its log-probabilities are made up, and the same for the same seed, position and
+token.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+
+from forge_jax import errors, types
+from forge_jax.engine import api
+
+
+class ScriptedEngine:
+  """Replies to each request with the tokens that `reply` returns for it."""
+
+  def __init__(
+    self,
+    reply: Callable[[api.GenerateRequest], Sequence[int]],
+    *,
+    max_context: int = 4096,
+    delay: float = 0.0,
+    decode: Callable[[Sequence[int]], str] | None = None,
+  ):
+    """Plays a script.
+
+    Args:
+      reply: tokens of the response; cut at the first stop token or string, or
+        where the budget or the context ends.
+      max_context: most tokens of prompt and response.
+      delay: seconds before each token; 0 gives the whole reply in one chunk.
+      decode: tokens to text; needed by requests with stop strings only.
+    """
+    self._reply = reply
+    self._max_context = max_context
+    self._delay = delay
+    self._decode = decode
+    self._version = 0
+    self._running: set[str] = set()
+    self._aborted: set[str] = set()
+    self._counts = {"requests": 0, "aborted": 0, "tokens_sampled": 0}
+
+  @property
+  def max_context(self) -> int:
+    return self._max_context
+
+  async def generate(
+    self, request: api.GenerateRequest
+  ) -> AsyncIterator[api.TokenChunk]:
+    self._counts["requests"] += 1
+    tokens, stop_reason = self._script(request)
+    self._running.add(request.id)
+    try:
+      step = 1 if self._delay else max(1, len(tokens))
+      for start in range(0, len(tokens), step):
+        if self._delay:
+          await asyncio.sleep(self._delay)
+        if request.id in self._aborted:
+          self._counts["aborted"] += 1
+          yield api.TokenChunk((), (), (), types.StopReason.ABORT)
+          return
+        end = start + step
+        last = stop_reason if end >= len(tokens) else None
+        yield self._chunk(request, tokens[start:end], start, last)
+      if not tokens:
+        yield api.TokenChunk((), (), (), stop_reason)
+    finally:
+      self._running.discard(request.id)
+      self._aborted.discard(request.id)
+
+  def abort(self, request_id: str) -> None:
+    if request_id in self._running:
+      self._aborted.add(request_id)
+
+  def update_weights(self, weights: types.WeightsVersion) -> None:
+    self._version = weights.version
+
+  def stats(self) -> Mapping[str, float]:
+    return {**self._counts, "running": len(self._running)}
+
+  def _script(
+    self, request: api.GenerateRequest
+  ) -> tuple[tuple[int, ...], types.StopReason]:
+    """The tokens to play and why they end."""
+    sampling = request.sampling
+    room = self._max_context - len(request.prompt_ids)
+    if room < 1:
+      raise errors.ContextOverflowError(
+        f"the prompt has {len(request.prompt_ids)} tokens; the context of "
+        f"{self._max_context} leaves no room for a response"
+      )
+    if sampling.max_tokens < 1:
+      raise errors.EngineError(
+        f"max_tokens is {sampling.max_tokens}; it must be at least 1"
+      )
+    if sampling.stop_strings and self._decode is None:
+      raise errors.EngineError("stop strings need a scripted engine's `decode`")
+    tokens = tuple(self._reply(request))
+    tokens = tokens[: min(room, sampling.max_tokens)]
+    for n, token in enumerate(tokens, 1):
+      if token in sampling.stop_token_ids or (
+        sampling.stop_strings
+        and any(s in self._decode(tokens[:n]) for s in sampling.stop_strings)
+      ):
+        return tokens[:n], types.StopReason.STOP
+    return tokens, types.StopReason.LENGTH
+
+  def _chunk(
+    self,
+    request: api.GenerateRequest,
+    tokens: tuple[int, ...],
+    start: int,
+    stop_reason: types.StopReason | None,
+  ) -> api.TokenChunk:
+    self._counts["tokens_sampled"] += len(tokens)
+    return api.TokenChunk(
+      token_ids=tokens,
+      logprobs=tuple(
+        scripted_logprob(request.sampling.seed, position, token)
+        for position, token in enumerate(tokens, start)
+      ),
+      versions=(self._version,) * len(tokens),
+      stop_reason=stop_reason,
+    )
+
+
+def scripted_logprob(seed: int, position: int, token: int) -> float:
+  """A made-up log-probability in nats, in [-1, 0)."""
+  mixed = (seed * 1000003 + position * 40503 + token * 69069) % 1024
+  return -(mixed + 1) / 1024
