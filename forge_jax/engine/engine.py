@@ -1,0 +1,335 @@
+"""The built-in JAX engine: a thread that schedules, runs and commits steps.
+
+Invariants:
+  - All device work happens on the engine's thread; callers only put messages
+    into its inbox, which is emptied, in order, between two steps. So a request
+    that is made after `update_weights` returned is sampled from those weights.
+  - Every request ends with exactly one final chunk or one error.
+  - A failed step fails every request, present and future, with its message;
+    the thread never dies silently.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+import dataclasses
+import threading
+import time
+
+from absl import logging
+
+from forge_jax import errors, types
+from forge_jax.engine import api
+from forge_jax.engine import runner as runner_lib
+from forge_jax.engine import scheduler as scheduler_lib
+from forge_jax.model import decoder as decoder_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineConfig:
+  """Sizes and policies of the built-in engine."""
+
+  slots: int = 64  # sequences whose cache is kept
+  context: int = 512  # most tokens of a sequence, prompt and response
+  row_buckets: tuple[int, ...] = (1, 8, 64)  # rows of a decode step
+  prefill_rows: int = 16  # rows of a prefill step
+  prefill_chunk: int = 16  # prompt tokens of one row in a prefill step
+  prefill_patience: int = 4  # decode steps a part-filled prefill step waits
+
+
+class _Stream:
+  """The way back to one caller; posts are handed over by the engine."""
+
+  def __init__(self):
+    self.loop = asyncio.get_running_loop()
+    self.items: asyncio.Queue = asyncio.Queue()
+
+
+class JaxEngine:
+  """An `engine.api.Engine` on this process's devices."""
+
+  def __init__(
+    self,
+    decoder: decoder_lib.Decoder,
+    config: EngineConfig,
+    *,
+    decode_text: Callable[[Sequence[int]], str] | None = None,
+    version: int = 0,
+  ):
+    """Allocates the caches; `start` compiles and begins to serve.
+
+    Args:
+      decoder: graph and first weights.
+      config: sizes.
+      decode_text: token ids to text, needed for stop strings only.
+      version: version of the first weights.
+
+    Raises:
+      ConfigError: sizes that do not fit together or the model.
+    """
+    self.config = config
+    self.version = version
+    self._decode_text = decode_text
+    self._runner = runner_lib.Runner(
+      decoder,
+      runner_lib.RunnerConfig(
+        slots=config.slots,
+        context=config.context,
+        row_buckets=config.row_buckets,
+        prefill_rows=config.prefill_rows,
+        prefill_chunk=config.prefill_chunk,
+      ),
+    )
+    self._scheduler = scheduler_lib.Scheduler(
+      scheduler_lib.SchedulerConfig(
+        slots=config.slots,
+        context=config.context,
+        prefill_rows=config.prefill_rows,
+        prefill_chunk=config.prefill_chunk,
+        prefill_patience=config.prefill_patience,
+      )
+    )
+    self._streams: dict[str, _Stream] = {}
+    self._inbox: list[tuple[str, object]] = []
+    self._wake = threading.Condition()
+    self._stopping = False
+    self._failure: str | None = None
+    self._thread = threading.Thread(
+      target=self._serve, name="engine", daemon=True
+    )
+    self._sampled = self._prefilled = self._steps = 0
+    self._busy_seconds = 0.0
+
+  @property
+  def max_context(self) -> int:
+    return self.config.context
+
+  @property
+  def compilations(self) -> int:
+    """Traces of device functions so far; constant after `start`."""
+    return self._runner.compilations
+
+  def start(self) -> None:
+    """Compiles every step shape, then serves until `stop`."""
+    self._runner.warm_up()
+    self._thread.start()
+
+  def stop(self) -> None:
+    """Ends the thread; requests in flight get a final ABORT chunk."""
+    with self._wake:
+      self._stopping = True
+      self._wake.notify()
+    if self._thread.is_alive():
+      self._thread.join()
+
+  async def generate(
+    self, request: api.GenerateRequest
+  ) -> AsyncIterator[api.TokenChunk]:
+    """See `engine.api.Engine.generate`."""
+    self._check(request)
+    stream = _Stream()
+    self._post("add", (request, stream))
+    finished = False
+    try:
+      while not finished:
+        item = await stream.items.get()
+        if isinstance(item, errors.EngineError):
+          finished = True
+          raise item
+        finished = item.stop_reason is not None
+        yield item
+    finally:
+      if not finished:
+        self.abort(request.id)
+
+  def abort(self, request_id: str) -> None:
+    """See `engine.api.Engine.abort`; an unknown id is ignored."""
+    self._post("abort", request_id)
+
+  def update_weights(self, weights: types.WeightsVersion) -> None:
+    """See `engine.api.Engine.update_weights`; takes `params` only.
+
+    Cached prefixes of older weights are not given to new requests; running
+    requests keep theirs.
+    """
+    if weights.params is None:
+      raise errors.EngineError(
+        f"weights version {weights.version} carries no arrays; the in-process "
+        "engine takes `params`"
+      )
+    prepared = self._runner.prepare(weights.params)
+    self._post("weights", (weights.version, prepared))
+
+  def stats(self) -> Mapping[str, float]:
+    """Totals since the start: tokens, seconds busy, cache use."""
+    prompt = self._scheduler.prompt_tokens
+    return {
+      "sampled_tokens": self._sampled,
+      "prefilled_tokens": self._prefilled,
+      "prompt_tokens": prompt,
+      "reused_tokens": self._scheduler.reused_tokens,
+      "steps": self._steps,
+      "busy_seconds": self._busy_seconds,
+      "live": len(self._scheduler) - self._scheduler.waiting,
+      "waiting": self._scheduler.waiting,
+      "version": self.version,
+    }
+
+  def _check(self, request: api.GenerateRequest) -> None:
+    if self._failure or self._stopping:
+      raise errors.EngineError(self._failure or "the engine is stopped")
+    if not request.prompt_ids:
+      raise errors.EngineError(f"request {request.id}: the prompt is empty")
+    if len(request.prompt_ids) >= self.max_context:
+      raise errors.ContextOverflowError(
+        f"the prompt has {len(request.prompt_ids)} tokens; the context holds "
+        f"{self.max_context}, prompt and response together"
+      )
+    vocab = self._runner.model.vocab_size
+    low, high = min(request.prompt_ids), max(request.prompt_ids)
+    if low < 0 or high >= vocab:
+      raise errors.EngineError(
+        f"request {request.id}: token id {low if low < 0 else high} is "
+        f"outside the vocabulary of {vocab}"
+      )
+    if request.sampling.max_tokens < 1:
+      raise errors.EngineError(
+        f"request {request.id}: max_tokens={request.sampling.max_tokens}, "
+        "expected at least 1"
+      )
+    if request.sampling.stop_strings and self._decode_text is None:
+      raise errors.EngineError(
+        f"request {request.id}: stop strings need an engine with a tokenizer"
+      )
+
+  def _post(self, kind: str, message: object) -> None:
+    with self._wake:
+      self._inbox.append((kind, message))
+      self._wake.notify()
+
+  def _serve(self) -> None:
+    """The thread: empties the inbox, runs a step, hands out its results."""
+    while True:
+      with self._wake:
+        while not (self._inbox or self._stopping or len(self._scheduler)):
+          self._wake.wait()
+        inbox, self._inbox = self._inbox, []
+        stopping = self._stopping
+      posts: list[tuple[_Stream, object]] = []
+      try:
+        for kind, message in inbox:
+          self._receive(kind, message, posts)
+        if stopping:
+          for request_id in list(self._streams):
+            self._end(request_id, types.StopReason.ABORT, posts)
+        elif self._failure is None:
+          self._step(posts)
+      except Exception as e:  # boundary: a failed step is its callers' error
+        logging.exception("engine step failed")
+        self._fail(f"the engine failed: {type(e).__name__}: {e}", posts)
+      _hand_over(posts)
+      if stopping:
+        return
+
+  def _receive(self, kind: str, message, posts: list) -> None:
+    if kind == "add":
+      request, stream = message
+      if self._failure is not None:
+        posts.append((stream, errors.EngineError(self._failure)))
+        return
+      if request.id in self._streams:
+        message = f"request id {request.id} is already in flight"
+        posts.append((stream, errors.EngineError(message)))
+        return
+      self._streams[request.id] = stream
+      self._scheduler.add(request)
+    elif kind == "abort":
+      self._end(message, types.StopReason.ABORT, posts)
+    else:
+      self.version, weights = message
+      self._runner.set_weights(weights)
+      self._scheduler.ledger.forget()
+
+  def _step(self, posts: list) -> None:
+    step = self._scheduler.schedule()
+    if step is None:
+      return
+    started = time.perf_counter()
+    self._runner.copy(step.copies)
+    tokens, logprobs = self._runner.extend(
+      [_row(live, step.width) for live in step.rows], step.width
+    )
+    before = sum(live.committed for live in step.rows)
+    sampled = self._scheduler.commit(step, tokens)
+    self._busy_seconds += time.perf_counter() - started
+    self._steps += 1
+    self._sampled += len(sampled)
+    if step.width > 1:
+      self._prefilled += sum(live.committed for live in step.rows) - before
+    for live, row in sampled:
+      reason = self._scheduler.stop_reason(live) or self._stop_string(live)
+      chunk = api.TokenChunk(
+        (live.response[-1],), (float(logprobs[row]),), (self.version,), reason
+      )
+      posts.append((self._streams[live.request.id], chunk))
+      if reason is not None:
+        self._forget(live.request.id)
+
+  def _stop_string(
+    self, live: scheduler_lib.LiveRequest
+  ) -> types.StopReason | None:
+    stops = live.request.sampling.stop_strings
+    if not stops:
+      return None
+    # A token is at least a byte: the newest token completes a stop string only
+    # within this many tokens.
+    reach = max(len(stop.encode()) for stop in stops) + 1
+    text = self._decode_text(live.response[-reach:])
+    return types.StopReason.STOP if any(s in text for s in stops) else None
+
+  def _end(
+    self, request_id: str, reason: types.StopReason, posts: list
+  ) -> None:
+    stream = self._streams.get(request_id)
+    if stream is not None:
+      posts.append((stream, api.TokenChunk((), (), (), reason)))
+      self._forget(request_id)
+
+  def _forget(self, request_id: str) -> None:
+    self._scheduler.finish(request_id)
+    del self._streams[request_id]
+
+  def _fail(self, message: str, posts: list) -> None:
+    self._failure = message
+    # What was posted in the failed step may be incomplete for its requests.
+    for request_id, stream in list(self._streams.items()):
+      posts.append((stream, errors.EngineError(message)))
+      self._forget(request_id)
+
+
+def _row(live: scheduler_lib.LiveRequest, width: int) -> runner_lib.Row:
+  sampling = live.request.sampling
+  greedy = sampling.temperature == 0
+  return runner_lib.Row(
+    slot=live.slot,
+    tokens=live.next_tokens(width),
+    start=live.committed,
+    seed=sampling.seed & 0xFFFFFFFF,
+    temperature=sampling.temperature,
+    top_k=0 if greedy else sampling.top_k,
+    top_p=1.0 if greedy else sampling.top_p,
+  )
+
+
+def _hand_over(posts: Sequence[tuple[_Stream, object]]) -> None:
+  """Delivers a step's results, waking each event loop once."""
+  by_loop: dict[asyncio.AbstractEventLoop, list] = {}
+  for stream, item in posts:
+    by_loop.setdefault(stream.loop, []).append((stream, item))
+
+  def deliver(items):
+    for stream, item in items:
+      stream.items.put_nowait(item)
+
+  for loop, items in by_loop.items():
+    if not loop.is_closed():
+      loop.call_soon_threadsafe(deliver, items)
