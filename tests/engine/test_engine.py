@@ -1,0 +1,232 @@
+"""The built-in engine end to end, on a tiny random model."""
+
+import asyncio
+import time
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from forge_jax import errors, types
+from forge_jax.engine import api, engine
+from forge_jax.model import config as model_config
+from forge_jax.model import decoder as decoder_lib
+
+MODEL = model_config.ModelConfig(
+  vocab_size=97,
+  width=32,
+  num_layers=2,
+  num_heads=4,
+  num_kv_heads=2,
+  head_dim=8,
+  mlp_width=48,
+  max_context=128,
+)
+CONFIG = engine.EngineConfig(
+  slots=8,
+  context=64,
+  row_buckets=(2, 8),
+  prefill_rows=4,
+  prefill_chunk=16,
+  prefill_patience=2,
+)
+
+
+def decoder(seed=0):
+  made = decoder_lib.Decoder(MODEL, rngs=nnx.Rngs(params=seed))
+  # Small random logits sample almost uniformly; larger ones tell models apart.
+  made.head.embedding.set_value(made.head.embedding.get_value() * 30)
+  return made
+
+
+@pytest.fixture
+def running():
+  made = engine.JaxEngine(
+    decoder(), CONFIG, decode_text=lambda ids: "".join(f"<{i}>" for i in ids)
+  )
+  made.start()
+  yield made
+  made.stop()
+
+
+def request(name, prompt, **sampling):
+  sampling = {"max_tokens": 10, "seed": 3} | sampling
+  return api.GenerateRequest(
+    name, tuple(prompt), api.SamplingParams(**sampling)
+  )
+
+
+async def collect(made, req):
+  chunks = [chunk async for chunk in made.generate(req)]
+  assert all(c.stop_reason is None for c in chunks[:-1])
+  join = lambda name: [x for c in chunks for x in getattr(c, name)]
+  return (
+    join("token_ids"),
+    join("logprobs"),
+    join("versions"),
+    chunks[-1].stop_reason,
+  )
+
+
+def dense_logprobs(model, prompt, response):
+  logits = decoder_lib.causal_logits(model, jnp.asarray([prompt + response]))
+  logprobs = jax.nn.log_softmax(logits[0])
+  rows = np.arange(len(prompt) - 1, len(prompt) + len(response) - 1)
+  return np.asarray(logprobs)[rows, response]
+
+
+def prompts(count, length=23, seed=0):
+  rng = np.random.default_rng(seed)
+  return [rng.integers(0, 97, length).tolist() for _ in range(count)]
+
+
+async def test_logprobs_are_the_models_own(running):
+  some = [*prompts(12), [5] * 3]
+  outs = await asyncio.gather(
+    *(collect(running, request(str(i), p, seed=i)) for i, p in enumerate(some))
+  )
+  for prompt, (ids, logprobs, versions, reason) in zip(some, outs, strict=True):
+    assert len(ids) == 10 and reason == types.StopReason.LENGTH
+    assert versions == [0] * 10
+    np.testing.assert_allclose(
+      logprobs, dense_logprobs(decoder(), prompt, ids), atol=2e-5
+    )
+
+
+async def test_turns_and_groups_reuse_the_cache_and_stay_exact(running):
+  [prompt] = prompts(1, length=33)
+  outs = await asyncio.gather(
+    *(collect(running, request(f"g{i}", prompt, seed=i)) for i in range(6))
+  )
+  assert running.stats()["reused_tokens"] == 5 * 32
+  ids = outs[0][0]
+  longer = prompt + ids + [1, 2, 3]
+  again, logprobs, _, _ = await collect(running, request("t2", longer, seed=9))
+  assert running.stats()["reused_tokens"] == 5 * 32 + 33 + 9
+  np.testing.assert_allclose(
+    logprobs, dense_logprobs(decoder(), longer, again), atol=2e-5
+  )
+
+
+async def test_a_seed_gives_the_same_tokens_in_any_company(running):
+  [prompt] = prompts(1)
+  alone = await collect(running, request("alone", prompt, seed=5))
+  others = [request(f"o{i}", p) for i, p in enumerate(prompts(11, seed=1))]
+  crowd = await asyncio.gather(
+    *(collect(running, r) for r in [*others, request("x", prompt, seed=5)])
+  )
+  assert crowd[-1][0] == alone[0]
+  different = await collect(running, request("y", prompt, seed=6))
+  assert different[0] != alone[0]
+
+
+async def test_greedy_takes_the_most_likely_token(running):
+  [prompt] = prompts(1)
+  ids, _, _, _ = await collect(running, request("g", prompt, temperature=0.0))
+  logits = decoder_lib.causal_logits(decoder(), jnp.asarray([prompt + ids]))
+  expected = np.asarray(logits[0].argmax(-1))[len(prompt) - 1 : -1]
+  assert ids == expected.tolist()
+
+
+async def test_stop_token_stop_string_and_filters(running):
+  [prompt] = prompts(1)
+  greedy = dict(temperature=0.0)
+  ids, _, _, _ = await collect(running, request("a", prompt, **greedy))
+  at = next(i for i in range(1, 10) if ids[i] not in ids[:i])
+  stopped, _, _, reason = await collect(
+    running, request("b", prompt, stop_token_ids=(ids[at],), **greedy)
+  )
+  assert stopped == ids[: at + 1] and reason == types.StopReason.STOP
+  stopped, _, _, reason = await collect(
+    running, request("c", prompt, stop_strings=(f"<{ids[at]}>",), **greedy)
+  )
+  assert stopped == ids[: at + 1] and reason == types.StopReason.STOP
+  only, logprobs, _, _ = await collect(
+    running, request("d", prompt, top_k=1, seed=11)
+  )
+  assert only == ids
+  np.testing.assert_allclose(logprobs, 0.0, atol=1e-6)
+
+
+async def test_weights_swap_between_steps_without_dropping_requests(running):
+  [prompt] = prompts(1)
+  new = decoder(seed=1)
+  stream = running.generate(request("long", prompt, max_tokens=40))
+  ids, logprobs, versions = [], [], []
+  async for chunk in stream:
+    ids += chunk.token_ids
+    logprobs += chunk.logprobs
+    versions += chunk.versions
+    if len(ids) == 3:
+      running.update_weights(types.WeightsVersion(1, params=nnx.state(new)))
+  assert len(ids) == 40
+  assert versions[:3] == [0, 0, 0] and versions[-1] == 1
+  assert versions == sorted(versions)
+  fresh, logprobs, versions, _ = await collect(running, request("n", prompt))
+  assert set(versions) == {1}
+  np.testing.assert_allclose(
+    logprobs, dense_logprobs(new, prompt, fresh), atol=2e-5
+  )
+
+
+async def test_abort_and_closing_the_iterator_free_the_slot(running):
+  [prompt] = prompts(1)
+  stream = running.generate(request("a", prompt, max_tokens=40))
+  await anext(stream)
+  running.abort("a")
+  chunks = [chunk async for chunk in stream]
+  assert chunks[-1].stop_reason == types.StopReason.ABORT
+  stream = running.generate(request("b", prompt, max_tokens=40))
+  await anext(stream)
+  await stream.aclose()
+  deadline = time.monotonic() + 20
+  while running.stats()["live"] and time.monotonic() < deadline:
+    await asyncio.sleep(0.01)
+  assert running.stats()["live"] == 0
+
+
+async def test_nothing_compiles_after_the_start(running):
+  before = running.compilations
+  await asyncio.gather(
+    *(
+      collect(running, request(str(i), p, seed=i))
+      for n in (1, 5, 30, 50)
+      for i, p in enumerate(prompts(7, length=n), start=10 * n)
+    )
+  )
+  assert running.compilations == before
+
+
+async def test_bad_requests_are_refused_with_numbers(running):
+  with pytest.raises(errors.ContextOverflowError, match="64 tokens"):
+    await collect(running, request("a", [1] * 64))
+  with pytest.raises(errors.EngineError, match="empty"):
+    await collect(running, request("b", []))
+  with pytest.raises(errors.EngineError, match=r"97.*vocabulary of 97"):
+    await collect(running, request("c", [97]))
+  with pytest.raises(errors.EngineError, match="max_tokens=0"):
+    await collect(running, request("d", [1], max_tokens=0))
+
+
+async def test_a_failed_step_is_an_error_to_every_caller(running, monkeypatch):
+  def explode(*_):
+    raise RuntimeError("device on fire")
+
+  monkeypatch.setattr(running._runner, "extend", explode)
+  with pytest.raises(errors.EngineError, match="device on fire"):
+    await collect(running, request("a", [1, 2]))
+  with pytest.raises(errors.EngineError, match="device on fire"):
+    await collect(running, request("b", [1, 2]))
+
+
+def test_sizes_that_do_not_fit_are_refused():
+  with pytest.raises(errors.ConfigError, match=r"200 exceeds .* 128"):
+    engine.JaxEngine(
+      decoder(), engine.EngineConfig(slots=8, context=200, row_buckets=(8,))
+    )
+  with pytest.raises(errors.ConfigError, match="row_buckets"):
+    engine.JaxEngine(
+      decoder(), engine.EngineConfig(slots=8, context=64, row_buckets=(4,))
+    )
