@@ -1,5 +1,5 @@
 """The decoder: one set of layers, run scanned by the trainer or unrolled by
-the engine.
+the engine (`UnrolledDecoder`).
 
 Parameters live under '/'-joined names, the contract with every file format:
 
@@ -90,25 +90,6 @@ class Decoder(nnx.Module):
     x, _ = jax.lax.scan(body, self.embed(tokens, self.dtype), stacked)
     return self.final_norm(x)
 
-  def hidden_unrolled(
-    self,
-    layers: Sequence[nnx.State],
-    tokens: jnp.ndarray,
-    position: jnp.ndarray,
-    attends: Sequence[layers_lib.Attend],
-  ) -> jnp.ndarray:
-    """As `hidden`, with one parameter state and one `attend` per layer.
-
-    An engine unrolls its layers so that each layer's cache is a buffer of its
-    own that is updated in place; `unstack` makes the states.
-    """
-    angles = rope.angles(self.config, position)
-    graph = nnx.graphdef(self.layers)
-    x = self.embed(tokens, self.dtype)
-    for params, attend in zip(layers, attends, strict=True):
-      x = nnx.merge(graph, params)(x, angles, attend)
-    return self.final_norm(x)
-
   def logits(self, hidden: jnp.ndarray) -> jnp.ndarray:
     """Logits [..., V], in at least float32, of hidden states [..., D]."""
     return (self.embed if self.head is None else self.head).logits(hidden)
@@ -173,9 +154,43 @@ def unflatten(
   )
 
 
-def unstack(layers: nnx.State, num_layers: int) -> list[nnx.State]:
-  """One state per layer from the stacked state of `Decoder.layers`."""
-  return [jax.tree.map(lambda x, i=i: x[i], layers) for i in range(num_layers)]
+class UnrolledDecoder(nnx.Module):
+  """The same decoder with one module per layer, as an engine runs it.
+
+  Unrolled, each layer's cache can be a buffer of its own, updated in place.
+  """
+
+  def __init__(self, decoder: Decoder):
+    """Takes a decoder's weights, sliced by layer."""
+    graph, stacked = nnx.split(decoder.layers)
+    self.config = decoder.config
+    self.dtype = decoder.dtype
+    self.embed = decoder.embed
+    self.layers = nnx.List(
+      [
+        nnx.merge(graph, jax.tree.map(lambda x, i=i: x[i], stacked))
+        for i in range(decoder.config.num_layers)
+      ]
+    )
+    self.final_norm = decoder.final_norm
+    self.head = decoder.head
+
+  def hidden(
+    self,
+    tokens: jnp.ndarray,
+    position: jnp.ndarray,
+    attends: Sequence[layers_lib.Attend],
+  ) -> jnp.ndarray:
+    """As `Decoder.hidden`, with one `attend` per layer."""
+    angles = rope.angles(self.config, position)
+    x = self.embed(tokens, self.dtype)
+    for layer, attend in zip(self.layers, attends, strict=True):
+      x = layer(x, angles, attend)
+    return self.final_norm(x)
+
+  def logits(self, hidden: jnp.ndarray) -> jnp.ndarray:
+    """Logits [..., V], in at least float32, of hidden states [..., D]."""
+    return (self.embed if self.head is None else self.head).logits(hidden)
 
 
 def causal_attend(
