@@ -1,0 +1,230 @@
+"""Where the rollout host and the trainer meet: a window over the store.
+
+Invariants:
+  1. A group is visible to the trainer only after it is durable.
+  2. Every index is handed out by `admit` until its group is stored; none is
+     skipped, none is taken twice within a surviving history.
+  3. A batch is *claimed* by `take` and *committed* by `commit`, oldest first.
+     A checkpoint holds what was committed: after a crash, what was only
+     claimed is taken again.
+  4. With max_lag 0, the groups of a step are admitted only after the step
+     before it has been committed.
+
+The host calls `admit` on an asyncio loop and `complete` on worker threads;
+the trainer calls `take` and `commit` on its own thread.
+"""
+
+import asyncio
+import collections
+from collections.abc import Mapping
+import threading
+from typing import Any
+
+from forge_jax import errors, types
+from forge_jax.pool import store as store_lib
+from forge_jax.pool import windowed_fifo
+
+
+class GroupQueue:
+  """Groups on their way from the host to the trainer.
+
+  Groups that `store` holds already are completed; a run that continues from a
+  checkpoint calls `restore` before anything else. The caller closes the store.
+  """
+
+  def __init__(
+    self, store: store_lib.DataPool, config: windowed_fifo.WindowConfig
+  ):
+    self._store = store
+    self._config = config
+    self._changed = threading.Condition()
+    self._waiters: set[_Waiter] = set()
+    self._failure: BaseException | None = None
+    self._claimed: collections.deque[list[int]]  # batches, oldest first
+    self._gathered: list[int]  # claimed for the batch that `take` waits for
+    self.restore({"trained_steps": 0, "head": 0, "beyond": []})
+
+  async def admit(self) -> int:
+    """Waits until a group may be started; returns its index.
+
+    Raises:
+      PoolError: the queue is closed.
+      BaseException: what was passed to `fail`.
+    """
+    while True:
+      with self._changed:
+        self._require_alive()
+        if self._scheduler.admissible(self._trained_steps):
+          return self._scheduler.submit()
+        waiter = _Waiter()
+        self._waiters.add(waiter)
+      try:
+        await waiter.future
+      finally:
+        with self._changed:
+          self._waiters.discard(waiter)
+
+  def release(self, index: int) -> None:
+    """Gives back an admitted group that will not be completed here.
+
+    Its index is the next one that `admit` hands out.
+    """
+    with self._changed:
+      self._scheduler.release(index)
+      self._notify()
+
+  def complete(self, group: types.Group) -> None:
+    """Stores a group, then shows it to the trainer; blocks for the disk.
+
+    A second call for the same index changes nothing.
+
+    Raises:
+      PoolError: the store refused it, or its index was never admitted.
+    """
+    with self._changed:
+      self._scheduler.expect(group.index)
+    self._store.append(group)
+    with self._changed:
+      self._scheduler.complete(group.index)
+      self._notify()
+
+  def take(self, count: int, timeout: float | None = None) -> list[types.Group]:
+    """Waits for the batch of one step; returns it in ascending order.
+
+    While it waits it claims every group that may be taken, so that the head
+    moves, and groups are admitted, before the batch is full: a window whose
+    groups are all consumed but its head would otherwise never fill a batch.
+
+    Args:
+      count: number of groups.
+      timeout: seconds to wait; None: for ever.
+
+    Raises:
+      PoolError: the time is up (the next call goes on with what is claimed),
+        the queue is closed, or a stored group is damaged.
+      BaseException: what was passed to `fail`.
+    """
+    with self._changed:
+      in_time = self._changed.wait_for(lambda: self._gather(count), timeout)
+      self._require_alive()
+      if not in_time:
+        raise errors.PoolError(
+          f"no batch of {count} groups within {timeout:g} seconds: "
+          + ", ".join(f"{k} {v}" for k, v in self._figures().items())
+        )
+      batch = sorted(self._gathered[:count])
+      self._gathered = self._gathered[count:]
+      self._claimed.append(batch)
+    return [self._store.get(index) for index in batch]
+
+  def commit(self, step: int) -> None:
+    """Notes that the oldest claimed batch has been trained.
+
+    Args:
+      step: number of optimizer steps taken, this one included.
+
+    Raises:
+      PoolError: it is not the next step, or no batch is claimed.
+    """
+    with self._changed:
+      if step != self._trained_steps + 1 or not self._claimed:
+        raise errors.PoolError(
+          f"step {step} cannot be committed: {self._trained_steps} steps are, "
+          f"and {len(self._claimed)} batches are claimed"
+        )
+      for index in self._claimed.popleft():
+        self._committed.add(index)
+      self._trained_steps = step
+      self._notify()
+
+  def fail(self, error: BaseException) -> None:
+    """Makes every waiting and later call raise `error`; the first one wins."""
+    with self._changed:
+      if self._failure is None:
+        self._failure = error
+      self._notify()
+
+  def close(self) -> None:
+    """Ends all waiting; a second call does nothing."""
+    self.fail(errors.PoolError("the group queue is closed"))
+
+  def state(self) -> dict[str, Any]:
+    """What a checkpoint needs to keep, as JSON: committed steps and groups."""
+    with self._changed:
+      return {
+        "trained_steps": self._trained_steps,
+        **self._committed.state(),
+      }
+
+  def restore(self, state: Mapping[str, Any]) -> None:
+    """Continues from a checkpoint's state, before any group is admitted.
+
+    Stored groups that the checkpoint has not consumed are completed; indices
+    that are neither consumed nor stored are handed out first, ascending.
+    """
+    with self._changed:
+      self._trained_steps = state["trained_steps"]
+      consumed = {"head": state["head"], "beyond": state["beyond"]}
+      self._committed = windowed_fifo.Frontier(**consumed)
+      completed = [i for i in self._store.indices() if i not in self._committed]
+      last = max([*completed, *self._committed.beyond], default=-1)
+      self._scheduler = windowed_fifo.WindowedFifo(self._config)
+      self._scheduler.restore(
+        {"consumed": consumed, "completed": completed, "submitted": last + 1}
+      )
+      self._claimed = collections.deque()
+      self._gathered = []
+      self._notify()
+
+  def stats(self) -> Mapping[str, int]:
+    """The window's figures, for people and metrics; all are counts."""
+    with self._changed:
+      return self._figures()
+
+  def _gather(self, count: int) -> bool:
+    """Claims towards a batch; whether there is nothing more to wait for."""
+    missing = count - len(self._gathered)
+    claims = self._scheduler.take(min(missing, self._scheduler.available()))
+    if claims:
+      self._gathered += claims
+      self._notify()
+    return len(self._gathered) >= count or self._failure is not None
+
+  def _figures(self) -> dict[str, int]:
+    scheduler = self._scheduler
+    return {
+      "trained_steps": self._trained_steps,
+      "claimed": sum(map(len, self._claimed)) + len(self._gathered),
+      "head": scheduler.head,
+      "submitted": scheduler.submitted,
+      "in_progress": scheduler.in_progress,
+      "completed": scheduler.completed,
+      "available": scheduler.available(),
+      "admissible": scheduler.admissible(self._trained_steps),
+    }
+
+  def _require_alive(self) -> None:
+    if self._failure is not None:
+      raise self._failure
+
+  def _notify(self) -> None:
+    """Wakes everyone; called with the lock held."""
+    self._changed.notify_all()
+    for waiter in self._waiters:
+      waiter.wake()
+
+
+class _Waiter:
+  """A coroutine that waits for a change made on another thread."""
+
+  def __init__(self):
+    self._loop = asyncio.get_running_loop()
+    self.future: asyncio.Future[None] = self._loop.create_future()
+
+  def wake(self) -> None:
+    if not self._loop.is_closed():
+      self._loop.call_soon_threadsafe(self._set)
+
+  def _set(self) -> None:
+    if not self.future.done():
+      self.future.set_result(None)

@@ -1,0 +1,276 @@
+"""Host and trainer meet: order, durability, restart, failure."""
+
+import asyncio
+import json
+import threading
+
+import pytest
+import sample_groups
+
+from forge_jax import errors
+from forge_jax.pool import queue as queue_lib
+from forge_jax.pool import store, windowed_fifo
+
+
+@pytest.fixture
+def pool(tmp_path):
+  with store.DataPool.open(tmp_path / "pool") as opened:
+    yield opened
+
+
+def make_queue(pool, **config):
+  defaults = {"in_flight": 8, "window": 4, "max_lag": 99, "groups_per_step": 2}
+  return queue_lib.GroupQueue(
+    pool, windowed_fifo.WindowConfig(**defaults | config)
+  )
+
+
+def complete(queue, *indices):
+  for index in indices:
+    queue.complete(sample_groups.make_group(index, seed=index))
+
+
+async def admit(queue, count):
+  """Admits `count` groups, which must not have to wait."""
+  return [await asyncio.wait_for(queue.admit(), 10) for _ in range(count)]
+
+
+async def assert_admits_nothing(queue):
+  with pytest.raises(TimeoutError):
+    await asyncio.wait_for(queue.admit(), 0.02)
+
+
+def indices(groups):
+  return [group.index for group in groups]
+
+
+async def test_batches_come_in_ascending_order_out_of_the_store(pool):
+  queue = make_queue(pool)
+  assert await admit(queue, 8) == list(range(8))
+  await assert_admits_nothing(queue)
+  complete(queue, 3, 1, 0, 7)
+  groups = queue.take(2)
+  assert indices(groups) == [0, 1]
+  sample_groups.assert_same(groups[1], sample_groups.make_group(1, seed=1))
+  # 2 is the head: of 3 and 7 only 3 lies in the window.
+  with pytest.raises(errors.PoolError, match=r"head 2.* completed 1"):
+    queue.take(2, timeout=0.01)
+  complete(queue, 2)
+  assert indices(queue.take(2, timeout=10)) == [2, 3]
+
+
+async def test_a_group_is_durable_before_it_is_visible(pool, monkeypatch):
+  queue = make_queue(pool)
+  await admit(queue, 1)
+  append = pool.append
+
+  def look_and_append(group):
+    assert queue.stats()["completed"] == 0
+    append(group)
+    assert group.index in pool and queue.stats()["completed"] == 0
+
+  monkeypatch.setattr(pool, "append", look_and_append)
+  complete(queue, 0)
+  assert queue.stats()["completed"] == 1
+
+
+async def test_what_the_store_refuses_is_not_visible(pool, monkeypatch):
+  def refuse(group):
+    raise errors.PoolError("disk full")
+
+  queue = make_queue(pool)
+  await admit(queue, 1)
+  monkeypatch.setattr(pool, "append", refuse)
+  with pytest.raises(errors.PoolError, match="disk full"):
+    complete(queue, 0)
+  assert queue.stats()["completed"] == 0
+
+
+async def test_a_group_that_was_not_admitted_is_not_stored(pool):
+  queue = make_queue(pool)
+  with pytest.raises(errors.PoolError, match="group 0 is not in progress"):
+    complete(queue, 0)
+  assert pool.indices() == []
+
+
+async def test_completing_twice_trains_once(pool):
+  queue = make_queue(pool)
+  await admit(queue, 2)
+  complete(queue, 0, 0, 1)
+  assert indices(queue.take(2)) == [0, 1]
+  complete(queue, 0)
+  assert queue.stats()["available"] == 0
+
+
+async def test_a_straggler_with_everything_else_consumed_holds_up_nothing(pool):
+  """Claims are made while waiting, so that the head can move on."""
+  queue = make_queue(pool, policy="greedy", in_flight=4, groups_per_step=3)
+  await admit(queue, 4)
+  complete(queue, 1, 2, 3)
+  assert indices(queue.take(3)) == [1, 2, 3]
+  complete(queue, 0)
+  await assert_admits_nothing(queue)
+  with pytest.raises(errors.PoolError, match="no batch of 3"):
+    queue.take(3, timeout=0.01)
+  assert await admit(queue, 4) == [4, 5, 6, 7]
+  complete(queue, 5, 7)
+  assert indices(queue.take(3, timeout=10)) == [0, 5, 7]
+
+
+async def test_take_waits_for_the_host_and_admit_for_the_trainer(pool):
+  queue = make_queue(pool, policy="fifo", in_flight=3, max_lag=1)
+  trained = []
+
+  def train():
+    for step in range(1, 21):
+      trained.extend(indices(queue.take(2, timeout=30)))
+      queue.commit(step)
+
+  async def roll_out():
+    while True:
+      index = await queue.admit()
+      await asyncio.sleep(0)
+      await asyncio.to_thread(complete, queue, index)
+
+  thread = threading.Thread(target=train)
+  hosts = [asyncio.create_task(roll_out()) for _ in range(3)]
+  thread.start()
+  await asyncio.to_thread(thread.join)
+  for host in hosts:
+    host.cancel()
+  await asyncio.gather(*hosts, return_exceptions=True)
+  assert trained == list(range(40))
+
+
+async def test_max_lag_0_is_strictly_synchronous(pool):
+  queue = make_queue(pool, max_lag=0)
+  for step in range(4):
+    expected = [2 * step, 2 * step + 1]
+    assert await admit(queue, 2) == expected
+    await assert_admits_nothing(queue)
+    complete(queue, *reversed(expected))
+    assert indices(queue.take(2)) == expected
+    await assert_admits_nothing(queue)  # taken, but not trained
+    queue.commit(step + 1)
+
+
+async def test_a_commit_admits_those_who_wait(pool):
+  queue = make_queue(pool, max_lag=0)
+  await admit(queue, 2)
+  complete(queue, 0, 1)
+  queue.take(2)
+  waiting = asyncio.create_task(queue.admit())
+  await asyncio.sleep(0.01)
+  assert not waiting.done()
+  await asyncio.to_thread(queue.commit, 1)
+  assert await asyncio.wait_for(waiting, 10) == 2
+
+
+async def test_commits_are_checked(pool):
+  queue = make_queue(pool)
+  with pytest.raises(errors.PoolError, match=r"step 1 .* 0 batches"):
+    queue.commit(1)
+  await admit(queue, 2)
+  complete(queue, 0, 1)
+  queue.take(2)
+  with pytest.raises(errors.PoolError, match=r"step 2 .*: 0 steps are"):
+    queue.commit(2)
+  queue.commit(1)
+
+
+async def test_what_is_given_back_is_admitted_next(pool):
+  queue = make_queue(pool)
+  await admit(queue, 3)
+  queue.release(1)
+  assert await admit(queue, 2) == [1, 3]
+
+
+async def test_a_cancelled_admission_takes_no_index(pool):
+  queue = make_queue(pool, in_flight=2)
+  await admit(queue, 2)
+  await assert_admits_nothing(queue)
+  complete(queue, 0)
+  queue.take(1)
+  assert await admit(queue, 1) == [2]
+
+
+async def test_a_host_failure_reaches_the_waiting_trainer(pool):
+  queue = make_queue(pool)
+  failure = errors.GatewayError("gone")
+  timer = threading.Timer(0.05, queue.fail, (failure,))
+  timer.start()
+  with pytest.raises(errors.GatewayError) as caught:
+    queue.take(1, timeout=30)
+  timer.join()
+  assert caught.value is failure
+  with pytest.raises(errors.GatewayError):
+    await queue.admit()
+
+
+async def test_closing_ends_all_waiting(pool):
+  queue = make_queue(pool, in_flight=2)
+  await admit(queue, 2)
+  waiting = asyncio.create_task(queue.admit())
+  await asyncio.sleep(0)
+  taking = asyncio.create_task(asyncio.to_thread(queue.take, 1))
+  queue.close()
+  queue.close()
+  for task in (waiting, taking):
+    with pytest.raises(errors.PoolError, match="closed"):
+      await asyncio.wait_for(task, 10)
+
+
+async def run_to_crash(pool):
+  """Two steps committed, one taken and lost, and others at every stage."""
+  queue = make_queue(pool)
+  await admit(queue, 8)
+  complete(queue, 0, 1, 2, 4)
+  queue.take(2)
+  queue.commit(1)
+  assert await admit(queue, 2) == [8, 9]
+  assert indices(queue.take(2)) == [2, 4]
+  queue.commit(2)
+  state = json.loads(json.dumps(queue.state()))
+  complete(queue, 3, 5, 9)
+  assert indices(queue.take(2)) == [3, 5]  # the step that was lost
+  queue.commit(3)
+  return state  # 6, 7 and 8 were in progress
+
+
+async def test_a_restart_resubmits_exactly_the_missing(pool):
+  state = await run_to_crash(pool)
+  assert state == {"trained_steps": 2, "head": 3, "beyond": [4]}
+  queue = make_queue(pool)
+  queue.restore(state)
+  assert queue.state() == state
+  assert await admit(queue, 4) == [6, 7, 8, 10]
+  # The lost step is trained again, 9 waits outside the window.
+  assert indices(queue.take(2)) == [3, 5]
+  queue.commit(3)
+  complete(queue, 8, 7, 6, 10)
+  assert indices(queue.take(5)) == [6, 7, 8, 9, 10]
+
+
+async def test_without_a_checkpoint_all_that_is_stored_trains_again(pool):
+  await run_to_crash(pool)
+  queue = make_queue(pool)
+  assert await admit(queue, 2) == [6, 7]
+  # 8 is beyond the eight groups in flight that head 0 allows.
+  await assert_admits_nothing(queue)
+  assert indices(queue.take(6)) == [0, 1, 2, 3, 4, 5]
+
+
+async def test_what_was_taken_and_not_committed_is_not_in_the_state(pool):
+  queue = make_queue(pool)
+  await admit(queue, 6)
+  complete(queue, *range(5))
+  queue.take(2)
+  queue.take(2)
+  with pytest.raises(errors.PoolError):
+    queue.take(2, timeout=0)  # claims 4 and waits for 5
+  queue.commit(1)
+  state = queue.state()
+  assert state == {"trained_steps": 1, "head": 2, "beyond": []}
+  again = make_queue(pool)
+  again.restore(state)
+  assert indices(again.take(3)) == [2, 3, 4]
