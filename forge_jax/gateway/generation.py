@@ -1,0 +1,181 @@
+"""One request: from a session, through the engine, into the session.
+
+    turn -> Session.begin -> Engine.generate -> deltas -> Session.record
+
+A dialect reads the deltas and, at the end, the reply. Whatever ends a request
+early, a client that went away, a session being closed, an engine's error, what
+was sampled until then is recorded, marked ABORT.
+"""
+
+from collections.abc import AsyncGenerator, AsyncIterator
+import dataclasses
+from typing import Any
+
+from forge_jax import types
+from forge_jax.engine import api
+from forge_jax.gateway import refusal, render, sessions, stream
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Turn:
+  """What a request asks for; None leaves it to the session or the context."""
+
+  messages: types.Messages
+  tools: types.Messages = ()
+  max_tokens: int | None = None
+  temperature: float | None = None
+  top_p: float | None = None
+  seed: int | None = None
+  stop: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Delta:
+  """What a chunk of tokens adds; the first three fields align."""
+
+  token_ids: tuple[int, ...] = ()
+  logprobs: tuple[float, ...] = ()
+  reasoning: str = ""
+  content: str = ""
+
+
+class Generation:
+  """A request in flight; enter it, read its deltas, then its reply."""
+
+  def __init__(
+    self,
+    engine: api.Engine,
+    renderer: render.Renderer,
+    session: sessions.Session,
+    turn: Turn,
+  ):
+    """Plans the request.
+
+    Raises:
+      Refusal: the messages or the tools cannot be rendered.
+    """
+    self._renderer = renderer
+    self._session = session
+    self._turn = turn
+    self._recorded = False
+    self.plan = session.begin(renderer, turn.messages, turn.tools)
+    self._engine = engine
+    self._chunks: AsyncGenerator[api.TokenChunk] | None = None
+    self.token_ids: list[int] = []
+    self.logprobs: list[float] = []
+    self._versions: list[int] = []
+    self.stop_reason = types.StopReason.ABORT
+    self.reply = render.Reply("")
+
+  async def __aenter__(self) -> "Generation":
+    return self
+
+  async def __aexit__(self, *exc_info: object) -> None:
+    try:
+      if self._chunks is not None:
+        await self._chunks.aclose()
+    finally:
+      if not self._recorded:
+        self._record(None)
+
+  async def deltas(self, incremental: bool) -> AsyncIterator[Delta]:
+    """Samples the reply; with `incremental`, its text as it arrives.
+
+    Raises:
+      Refusal: the session was closed meanwhile.
+      ContextOverflowError: the prompt leaves no room for a token.
+      EngineError: the engine refuses or fails.
+    """
+    plan, turn = self.plan, self._turn
+    text = (
+      stream.TextStream(self._renderer, plan.prompt_ids, turn.tools, turn.stop)
+      if incremental
+      else None
+    )
+    self._chunks = self._engine.generate(
+      api.GenerateRequest(
+        id=plan.request_id,
+        prompt_ids=tuple(plan.prompt_ids),
+        sampling=self._sampling(self._engine.max_context),
+      )
+    )
+    async for chunk in self._chunks:
+      self.token_ids += chunk.token_ids
+      self.logprobs += chunk.logprobs
+      self._versions += chunk.versions
+      reasoning, content = text.feed(chunk.token_ids) if text else ("", "")
+      if chunk.stop_reason is not None:
+        self.stop_reason = chunk.stop_reason
+      yield Delta(chunk.token_ids, chunk.logprobs, reasoning, content)
+    if self.stop_reason == types.StopReason.ABORT:
+      raise refusal.Refusal(
+        f"the request of session {self._session.id!r} was aborted",
+        status=503,
+        code="aborted",
+      )
+    self._finish()
+    if text:
+      rest = Delta((), (), *text.finish(self.reply))
+      self.reply = dataclasses.replace(self.reply, content=text.content)
+    self._record(self.message())
+    if text:
+      yield rest
+
+  def message(self) -> dict[str, Any]:
+    """The reply as a message in the OpenAI wire format."""
+    reply = self.reply
+    message: dict[str, Any] = {"role": "assistant", "content": reply.content}
+    if reply.reasoning is not None:
+      message["reasoning_content"] = reply.reasoning
+    if reply.tool_calls:
+      message["content"] = reply.content or None
+      message["tool_calls"] = [
+        {
+          "id": f"call_{self.plan.number}_{n}",
+          "type": "function",
+          "function": {"name": call.name, "arguments": call.arguments},
+        }
+        for n, call in enumerate(reply.tool_calls)
+      ]
+    return message
+
+  def _finish(self) -> None:
+    turn = self._turn
+    reply = self._renderer.parse(
+      self.plan.prompt_ids, self.token_ids, turn.tools
+    )
+    if turn.stop:
+      content = stream.cut(reply.content, turn.stop)
+      reply = dataclasses.replace(reply, content=content)
+    self.reply = reply
+
+  def _record(self, reply: types.Message | None) -> None:
+    self._recorded = True
+    if not self.token_ids:
+      self._session.drop(self.plan)
+      return
+    self._session.record(
+      self.plan,
+      response_ids=self.token_ids,
+      logprobs=self.logprobs,
+      versions=self._versions,
+      stop_reason=self.stop_reason,
+      reply=reply,
+    )
+
+  def _sampling(self, max_context: int) -> api.SamplingParams:
+    turn, defaults = self._turn, self._session.sampling
+    room = max(1, max_context - len(self.plan.prompt_ids))
+
+    def pick(asked: float | None, name: str) -> float:
+      return defaults.get(name, 1.0) if asked is None else asked
+
+    return api.SamplingParams(
+      max_tokens=turn.max_tokens or room,
+      temperature=pick(turn.temperature, "temperature"),
+      top_k=int(defaults.get("top_k", 0)),
+      top_p=pick(turn.top_p, "top_p"),
+      seed=self.plan.seed if turn.seed is None else turn.seed,
+      stop_token_ids=self._renderer.stop_token_ids,
+      stop_strings=turn.stop,
+    )

@@ -1,0 +1,376 @@
+"""Messages to token ids and back, never re-encoding what was sampled.
+
+A model family that the `renderers` package knows has a renderer that bridges
+from one turn to the next by itself. Any other model has only its chat template,
+and is bridged by text: the whole conversation is rendered as text with and
+without the new messages, the one must extend the other, and only the rest is
+encoded. A template that rewrites its history cannot be extended, and says so.
+
+A reply in tool-call markup that is not well-formed is handed over as the text
+that was sampled, markup and all.
+"""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+import json
+from typing import Any
+
+import jinja2
+import renderers
+from renderers import base as renderers_base
+from renderers import reasoning as renderers_reasoning
+import transformers
+
+from forge_jax import errors, types
+from forge_jax.gateway import refusal
+
+_PROBE = "3f2a97c1"  # a reply that no template writes by itself
+# What a chat template contains -> the parser of the tool calls it describes.
+_TOOL_PARSERS = (
+  ("<arg_key>", "glm"),
+  ("<function=", "qwen3.5"),
+  ("<tool_call>", "qwen3"),
+  ("<｜tool▁calls▁begin｜>", "deepseek-v3"),
+)
+# Families that write a tool call as plain text, with no opening token.
+_PLAIN_TEXT_CALLS = frozenset({"llama-3"})
+_BAD_CALLS = frozenset(
+  {
+    renderers.ToolCallParseStatus.UNCLOSED_BLOCK,
+    renderers.ToolCallParseStatus.MALFORMED_STRUCTURE,
+  }
+)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ToolCall:
+  """A well-formed call; `arguments` is the text of a JSON object."""
+
+  name: str
+  arguments: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Reply:
+  """What a response says; without calls, `content` is all there is."""
+
+  content: str
+  reasoning: str | None = None
+  tool_calls: tuple[ToolCall, ...] = ()
+  malformed: bool = False  # a call was attempted and is part of `content`
+
+
+class Renderer:
+  """Renders the conversations of one model; holds no conversation."""
+
+  def __init__(
+    self,
+    tokenizer: transformers.PreTrainedTokenizerFast,
+    name: str = "auto",
+    template_kwargs: Mapping[str, Any] | None = None,
+  ):
+    """Picks the renderer.
+
+    Args:
+      tokenizer: a fast tokenizer with a chat template.
+      name: a family of the `renderers` package, "default" for the tokenizer's
+        own chat template, "auto" to pick by the model's name.
+      template_kwargs: variables of the chat template, such as
+        enable_thinking.
+
+    Raises:
+      ConfigError: there is no such renderer, or it does not fit the tokenizer.
+    """
+    self._tokenizer = tokenizer
+    self._template_kwargs = dict(template_kwargs or {})
+    self.name = _pick(tokenizer) if name == "auto" else name
+    self._family = self._create()
+    self._generic = self.name == "default"
+    self._closing = self._find_closing() if self._generic else None
+    self._takes_tools = self._probe_tools() if self._generic else True
+    self.stop_token_ids = self._find_stop_tokens()
+    self._stops = frozenset(self.stop_token_ids)
+    self._markup = frozenset(tokenizer.added_tokens_decoder) - self._stops
+    vocabulary = tokenizer.get_added_vocab()
+    self.think_close_id = vocabulary.get("</think>")
+    self.think_open_id = vocabulary.get("<think>")
+
+  def render(
+    self, messages: types.Messages, tools: types.Messages
+  ) -> list[int]:
+    """Token ids of a whole conversation and the opening of the next reply.
+
+    Raises:
+      Refusal: the template refuses the messages or the tools.
+    """
+    if self._generic:
+      return self._encode(self._text(messages, tools, True))
+    try:
+      return list(
+        self._family.render_ids(
+          _for_template(messages),
+          tools=list(tools) or None,
+          add_generation_prompt=True,
+        )
+      )
+    except (ValueError, TypeError, KeyError, AssertionError) as error:
+      raise refusal.Refusal(
+        f"the messages cannot be rendered: {error}", param="messages"
+      ) from error
+
+  def extend(
+    self,
+    prompt_ids: Sequence[int],
+    response_ids: Sequence[int],
+    conversation: types.Messages,
+    new_messages: types.Messages,
+    tools: types.Messages,
+  ) -> list[int] | None:
+    """What follows a sampled response when the conversation goes on.
+
+    A response that was cut, with no stop token, is closed as the template
+    closes a turn; the closing tokens come first in what is returned.
+
+    Args:
+      prompt_ids: of the recorded completion.
+      response_ids: of the recorded completion.
+      conversation: its request's messages and its reply, as the client saw it.
+      new_messages: what the client has added to them.
+      tools: of both requests.
+
+    Returns:
+      The ids to append to prompt and response; None if the template does not
+      extend what the model has seen.
+    """
+    if self._generic:
+      return self._extend_by_text(
+        response_ids, conversation, new_messages, tools
+      )
+    seen = [*prompt_ids, *response_ids]
+    bridged = self._family.bridge_to_next_turn(
+      list(prompt_ids),
+      list(response_ids),
+      _for_template(new_messages),
+      tools=list(tools) or None,
+    )
+    if bridged is None or bridged.token_ids[: len(seen)] != seen:
+      return None
+    return list(bridged.token_ids[len(seen) :])
+
+  def parse(
+    self,
+    prompt_ids: Sequence[int],
+    response_ids: Sequence[int],
+    tools: types.Messages,
+  ) -> Reply:
+    """What a response says, up to its stop token; calls only if tools."""
+    ids = self.before_stop(response_ids)
+    parsed = self._family.parse_response(
+      ids, tools=list(tools) or None, prompt_ids=list(prompt_ids)
+    )
+    if parsed.tool_calls:
+      if not tools or any(_is_malformed(c) for c in parsed.tool_calls):
+        return Reply(self.decode(ids), malformed=bool(tools))
+      return Reply(
+        content=parsed.content.rstrip(),
+        reasoning=parsed.reasoning_content,
+        tool_calls=tuple(
+          ToolCall(c.name, json.dumps(c.arguments, ensure_ascii=False))
+          for c in parsed.tool_calls
+        ),
+      )
+    if self.is_plain(ids) and not self.opens_reasoning(prompt_ids):
+      return Reply(self.decode(ids))
+    return Reply(parsed.content, parsed.reasoning_content)
+
+  def decode(self, ids: Sequence[int]) -> str:
+    """The text of token ids, special tokens included."""
+    return self._tokenizer.decode(
+      list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
+    )
+
+  def before_stop(self, ids: Sequence[int]) -> list[int]:
+    """The ids before the first stop token."""
+    for n, token in enumerate(ids):
+      if token in self._stops:
+        return list(ids[:n])
+    return list(ids)
+
+  def is_plain(self, ids: Sequence[int]) -> bool:
+    """Whether the ids hold no markup token: the text is the content."""
+    return self._markup.isdisjoint(ids)
+
+  def opens_reasoning(self, prompt_ids: Sequence[int]) -> bool:
+    """Whether the prompt leaves the model inside its reasoning."""
+    if self.think_open_id is None:
+      return False
+    return renderers_reasoning.prompt_ends_in_reasoning(
+      self._tokenizer, list(prompt_ids), stop_ids=self._stops
+    )
+
+  def calls_are_plain_text(self, tools: types.Messages) -> bool:
+    """Whether any text may turn out to be a tool call."""
+    return bool(tools) and self.name in _PLAIN_TEXT_CALLS
+
+  def _create(self) -> renderers.Renderer:
+    if self.name == "default":
+      config = renderers.DefaultRendererConfig(
+        tool_parser=_tool_parser(self._tokenizer)
+      )
+    else:
+      config = renderers.config_from_name(self.name)
+      if config is None:
+        raise errors.ConfigError(f"there is no renderer {self.name!r}")
+    kwargs = None if self.name == "default" else self._template_kwargs
+    try:
+      return renderers.create_renderer(
+        self._tokenizer, config, chat_template_kwargs=kwargs
+      )
+    except (ValueError, TypeError, AssertionError) as error:
+      raise errors.ConfigError(
+        f"renderer {self.name!r} does not fit the tokenizer: {error}"
+      ) from error
+
+  def _find_closing(self) -> str | None:
+    """What the template writes after a reply; None if it cannot be told."""
+    text = self._text(
+      [
+        {"role": "user", "content": "question"},
+        {"role": "assistant", "content": _PROBE},
+      ],
+      (),
+      False,
+    )
+    _, found, closing = text.partition(_PROBE)
+    return closing if found and _PROBE not in closing else None
+
+  def _probe_tools(self) -> bool:
+    """Whether the template shows tools to the model."""
+    tool = {
+      "type": "function",
+      "function": {"name": _PROBE, "description": "", "parameters": {}},
+    }
+    messages = [{"role": "user", "content": "question"}]
+    try:
+      return _PROBE in self._text(messages, [tool], True, check=False)
+    except refusal.Refusal:
+      return False
+
+  def _find_stop_tokens(self) -> tuple[int, ...]:
+    ids = list(self._family.get_stop_token_ids())
+    if self._closing:
+      first = self._encode(self._closing)[0]
+      if first in self._tokenizer.added_tokens_decoder and first not in ids:
+        ids.append(first)
+    if not ids:
+      raise errors.ConfigError("the tokenizer has no end-of-sequence token")
+    return tuple(ids)
+
+  def _extend_by_text(
+    self,
+    response_ids: Sequence[int],
+    conversation: types.Messages,
+    new_messages: types.Messages,
+    tools: types.Messages,
+  ) -> list[int] | None:
+    closing = self._closing
+    if closing is None:
+      return None
+    if len(response_ids) and response_ids[-1] in self._stops:
+      stop = self.decode(response_ids[-1:])
+      if not closing.startswith(stop):
+        return None
+      closing = closing[len(stop) :]
+    # The model has seen `prompt`; `old` ends with the template's closing.
+    prompt = self._text(conversation[:-1], tools, True)
+    old = self._text(conversation, tools, False)
+    new = self._text([*conversation, *new_messages], tools, True)
+    if not (
+      old.startswith(prompt)
+      and old.endswith(self._closing)
+      and new.startswith(old)
+    ):
+      return None
+    return self._encode(closing + new[len(old) :])
+
+  def _text(
+    self,
+    messages: types.Messages,
+    tools: types.Messages,
+    open_reply: bool,
+    *,
+    check: bool = True,
+  ) -> str:
+    """The conversation as the chat template writes it."""
+    if tools and check and not self._takes_tools:
+      raise refusal.Refusal(
+        "this model's chat template does not show tools to the model",
+        param="tools",
+      )
+    try:
+      return self._tokenizer.apply_chat_template(
+        _for_template(messages),
+        tools=list(tools) or None,
+        add_generation_prompt=open_reply,
+        tokenize=False,
+        **self._template_kwargs,
+      )
+    except (jinja2.TemplateError, ValueError, TypeError, KeyError) as error:
+      raise refusal.Refusal(
+        f"the chat template refuses the messages: {error}", param="messages"
+      ) from error
+
+  def _encode(self, text: str) -> list[int]:
+    backend = self._tokenizer.backend_tokenizer
+    return backend.encode(text, add_special_tokens=False).ids
+
+
+def _pick(tokenizer: transformers.PreTrainedTokenizerFast) -> str:
+  """The family of a model known by name; else its own chat template."""
+  folder = str(tokenizer.name_or_path).rstrip("/").rpartition("/")[2]
+  for model, family in renderers_base.MODEL_RENDERER_MAP.items():
+    if folder and folder == model.rpartition("/")[2]:
+      return family
+  return "default"
+
+
+def _tool_parser(
+  tokenizer: transformers.PreTrainedTokenizerFast,
+) -> str | None:
+  """The parser of the tool calls that the chat template describes."""
+  for marker, parser in _TOOL_PARSERS:
+    if marker in tokenizer.chat_template:
+      return parser
+  return None
+
+
+def _is_malformed(call: renderers.ParsedToolCall) -> bool:
+  # Some parsers mark a call as invalid JSON when an argument is a bare string,
+  # which is what its format asks for: what counts is that there is an object.
+  return (
+    call.status in _BAD_CALLS
+    or not call.name
+    or not isinstance(call.arguments, dict)
+  )
+
+
+def _for_template(messages: types.Messages) -> list[dict[str, Any]]:
+  """Messages with the arguments of calls as objects, as templates expect."""
+  rendered = []
+  for message in messages:
+    message = dict(message)
+    if calls := message.get("tool_calls"):
+      message["tool_calls"] = [_decode_arguments(call) for call in calls]
+    rendered.append(message)
+  return rendered
+
+
+def _decode_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
+  function = dict(call["function"])
+  try:
+    arguments = json.loads(function["arguments"])
+  except ValueError:
+    arguments = None
+  if isinstance(arguments, dict):
+    function["arguments"] = arguments
+  return {**call, "function": function}
