@@ -1,0 +1,218 @@
+"""One episode: a session is opened, an agent plays, the session is closed.
+
+This is the boundary at which a failure becomes data. Whatever an agent, its
+environment or its verifier raises ends up on the episode, with everything
+that the gateway captured until then. Two things pass through: a cancellation
+from outside, and a gateway that cannot be used after several attempts.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+import contextlib
+import dataclasses
+import json
+import math
+import secrets
+import time
+
+import numpy as np
+
+from forge_jax import errors, types
+from forge_jax.agents import base as agents_base
+from forge_jax.gateway import client
+from forge_jax.tasks import base as tasks_base
+
+# Seconds to wait before each further attempt to reach the gateway.
+_RETRY_DELAYS = (0.1, 0.3, 1.0)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Attempt:
+  """What distinguishes one episode from another."""
+
+  id: str  # of the episode, unique within a run
+  task: types.Task
+  member: int  # 0..G-1 within its group
+  seed: int  # of everything sampled in the episode, below 2**31
+  max_tokens: int  # most new tokens of one completion
+
+
+def derive_seed(*entropy: int) -> int:
+  """Returns an episode's seed, 0 <= seed < 2**31, from non-negative ints."""
+  (word,) = np.random.SeedSequence(entropy).generate_state(1)
+  return int(word >> 1)
+
+
+def first_failure(failures: ExceptionGroup) -> Exception:
+  """Returns the first failure that is not itself a group."""
+  failure = failures.exceptions[0]
+  if isinstance(failure, ExceptionGroup):
+    return first_failure(failure)
+  return failure
+
+
+class EpisodeRunner:
+  """Runs episodes of one agent against one gateway; at most `permits` at once.
+
+  Used from one asyncio loop.
+  """
+
+  def __init__(
+    self,
+    agent: agents_base.Agent,
+    gateway: client.GatewayClient,
+    *,
+    model_name: str,
+    permits: int,
+    deadline_seconds: float,
+    temperature: float,
+  ):
+    self._agent = agent
+    self._gateway = gateway
+    self._model_name = model_name
+    self._permits = asyncio.Semaphore(permits)
+    self._deadline = deadline_seconds
+    self._sampling = {"temperature": temperature}
+
+  async def run(
+    self,
+    attempt: Attempt,
+    make_environment: Callable[[types.Task], tasks_base.Environment],
+  ) -> types.Episode:
+    """Waits for a permit, plays an episode, and returns it however it ended.
+
+    Raises:
+      GatewayError: the gateway could not be used, after several attempts.
+    """
+    async with self._permits:
+      session, keys = await self._open(attempt)
+      try:
+        outcome = await self._play(attempt, make_environment, keys)
+      except asyncio.CancelledError:
+        with contextlib.suppress(errors.GatewayError):
+          await self._gateway.close_session(session)
+        raise
+      completions, posted = await _persist(
+        lambda: self._gateway.close_session(session)
+      )
+    outcome.add_rewards(posted)
+    return types.Episode(
+      id=attempt.id,
+      task=attempt.task,
+      member=attempt.member,
+      seed=attempt.seed,
+      status=outcome.status,
+      completions=completions,
+      rewards=tuple(outcome.rewards),
+      messages=outcome.messages,
+      seconds=outcome.seconds,
+      error=outcome.error,
+    )
+
+  async def _open(self, attempt: Attempt) -> tuple[str, client.SessionKeys]:
+    async def once() -> tuple[str, client.SessionKeys]:
+      # A gateway may outlive this process, or keep a session whose reply was
+      # lost, so that an episode's id alone could be taken.
+      session = f"{attempt.id}-{secrets.token_hex(4)}"
+      try:
+        keys = await self._gateway.open_session(
+          session, seed=attempt.seed, sampling=self._sampling
+        )
+      except asyncio.CancelledError:
+        with contextlib.suppress(errors.GatewayError):
+          await self._gateway.close_session(session)
+        raise
+      return session, keys
+
+    return await _persist(once)
+
+  async def _play(
+    self,
+    attempt: Attempt,
+    make_environment: Callable[[types.Task], tasks_base.Environment],
+    keys: client.SessionKeys,
+  ) -> "_Outcome":
+    outcome = _Outcome()
+    endpoint = agents_base.Endpoint(
+      base_url=keys.base_url,
+      api_key=keys.api_key,
+      model=self._model_name,
+      max_tokens=attempt.max_tokens,
+    )
+    clock = asyncio.timeout(self._deadline)
+    environment = None
+    started = time.monotonic()
+    try:
+      environment = make_environment(attempt.task)
+      async with clock:
+        messages = await self._agent.run(environment, endpoint)
+        outcome.messages = _as_json(messages)
+    except asyncio.CancelledError:
+      if asyncio.current_task().cancelling():
+        raise
+      outcome.fail("CancelledError: the agent cancelled itself")
+    except Exception as failure:  # the boundary: an agent's failure is data
+      outcome.fail(_describe(failure))
+    outcome.seconds = time.monotonic() - started
+    if clock.expired():
+      outcome.time_out(self._deadline)
+    if environment is not None:
+      outcome.score(environment)
+    return outcome
+
+
+class _Outcome:
+  """What is known of an episode but for what the gateway captured."""
+
+  def __init__(self):
+    self.status = types.EpisodeStatus.COMPLETED
+    self.error: str | None = None
+    self.messages: tuple[types.Message, ...] = ()
+    self.rewards: list[types.Reward] = []
+    self.seconds = 0.0
+
+  def fail(self, error: str) -> None:
+    """Notes a failure; a deadline that has passed remains the status."""
+    if self.status == types.EpisodeStatus.COMPLETED:
+      self.status = types.EpisodeStatus.FAILED
+    self.error = error if self.error is None else f"{self.error}; {error}"
+
+  def time_out(self, deadline: float) -> None:
+    """Notes that the deadline passed, whatever the agent made of it."""
+    self.status = types.EpisodeStatus.TIMED_OUT
+    self.error = f"TimeoutError: the deadline of {deadline:g} seconds passed"
+
+  def score(self, environment: tasks_base.Environment) -> None:
+    """Adds the environment's rewards."""
+    try:
+      self.add_rewards(environment.rewards())
+    except Exception as failure:  # the boundary: a verifier's failure is data
+      self.fail(f"rewards: {_describe(failure)}")
+
+  def add_rewards(self, rewards: Sequence[types.Reward]) -> None:
+    """Adds the finite rewards and notes the others."""
+    for reward in rewards:
+      value = float(reward.value)
+      if math.isfinite(value):
+        self.rewards.append(dataclasses.replace(reward, value=value))
+      else:
+        self.fail(f"reward {reward.name!r} is {value} and was dropped")
+
+
+def _as_json(messages: types.Messages) -> tuple[types.Message, ...]:
+  """The transcript as plain JSON values, which is what the pool keeps."""
+  return tuple(json.loads(json.dumps([dict(m) for m in messages])))
+
+
+def _describe(failure: Exception) -> str:
+  return f"{type(failure).__name__}: {failure}"
+
+
+async def _persist[T](call: Callable[[], Awaitable[T]]) -> T:
+  """Calls the gateway until it answers, or has failed too often."""
+  for delay in _RETRY_DELAYS:
+    try:
+      return await call()
+    except errors.GatewayError:
+      await asyncio.sleep(delay)
+  return await call()

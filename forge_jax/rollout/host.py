@@ -1,0 +1,172 @@
+"""The rollout host: it turns tasks into completed groups, for ever.
+
+Invariants:
+  1. Every index that the queue admitted ends as one completed group, is given
+     back (cancellation), or the queue has failed (host failure).
+  2. A group is completed when all its G episodes have ended; each has ended
+     by its deadline, so that a hung agent holds the window for a bounded time.
+  3. When `run` returns, by whatever way, no episode is running and every
+     session is closed.
+
+The host keeps no state that a restart needs: an episode's seed derives from
+the run's seed, the group's index and the member.
+"""
+
+import asyncio
+import collections
+from collections.abc import Mapping
+import dataclasses
+from typing import Protocol
+
+from forge_jax import errors, types
+from forge_jax.agents import base as agents_base
+from forge_jax.gateway import client
+from forge_jax.pool import queue as queue_lib
+from forge_jax.rollout import episode as episode_lib
+from forge_jax.tasks import base as tasks_base
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RolloutConfig:
+  """How groups are rolled out."""
+
+  group_size: int = 8  # G: episodes of one task
+  permits: int = 64  # most episodes that run at once
+  deadline_seconds: float = 600.0  # wall-clock, of one episode
+  temperature: float = 1.0  # of sampling, where the agent sets none
+  seed: int = 0  # all episodes' seeds derive from it
+
+  def __post_init__(self):
+    for name in ("group_size", "permits"):
+      if getattr(self, name) < 1:
+        raise errors.ConfigError(
+          f"rollout {name} is {getattr(self, name)}; expected at least 1"
+        )
+    if not self.deadline_seconds > 0:
+      raise errors.ConfigError(
+        f"rollout deadline_seconds is {self.deadline_seconds}; expected more "
+        "than 0"
+      )
+    if self.temperature < 0 or self.seed < 0:
+      raise errors.ConfigError(
+        f"rollout temperature is {self.temperature} and seed {self.seed}; "
+        "expected at least 0"
+      )
+
+
+class Mixture(Protocol):
+  """Where the host's tasks come from: an endless, seeded sequence."""
+
+  def task(self, index: int) -> types.Task:
+    """The task of the group with this index."""
+
+  def environment(self, task: types.Task) -> tasks_base.Environment:
+    """A fresh environment for one episode of the task."""
+
+  def max_tokens(self, task: types.Task) -> int:
+    """Most new tokens of one completion."""
+
+
+class RolloutHost:
+  """Fills a queue with groups; used from one asyncio loop."""
+
+  def __init__(
+    self,
+    config: RolloutConfig,
+    mixture: Mixture,
+    agent: agents_base.Agent,
+    gateway: client.GatewayClient,
+    queue: queue_lib.GroupQueue,
+    model_name: str,
+  ):
+    self._config = config
+    self._mixture = mixture
+    self._queue = queue
+    self._runner = episode_lib.EpisodeRunner(
+      agent,
+      gateway,
+      model_name=model_name,
+      permits=config.permits,
+      deadline_seconds=config.deadline_seconds,
+      temperature=config.temperature,
+    )
+    self._counts: collections.Counter[str] = collections.Counter()
+
+  async def run(self) -> None:
+    """Rolls out groups until it is cancelled.
+
+    Raises:
+      GatewayError: the gateway could not be used, after several attempts.
+      PoolError: a group could not be stored, or the queue is closed.
+      Exception: what else made the host fail. The queue has failed with it.
+    """
+    try:
+      async with asyncio.TaskGroup() as groups:
+        while True:
+          index = await self._queue.admit()
+          groups.create_task(self._serve(index), name=f"group {index}")
+    except ExceptionGroup as failures:
+      failure = episode_lib.first_failure(failures)
+      self._queue.fail(failure)
+      raise failure from failures
+
+  def stats(self) -> Mapping[str, float]:
+    """Counts since the start of what has ended.
+
+    groups, episodes, failures, timeouts, response_tokens, and seconds (the
+    sum of the episodes' wall-clock times).
+    """
+    names = (
+      "groups",
+      "episodes",
+      "failures",
+      "timeouts",
+      "response_tokens",
+      "seconds",
+    )
+    return {name: self._counts[name] for name in names}
+
+  async def _serve(self, index: int) -> None:
+    try:
+      group = await self._roll_out(index)
+    except asyncio.CancelledError:
+      self._queue.release(index)
+      raise
+    # On a thread, because it waits for the disk. Once begun it ends, even if
+    # this task is cancelled.
+    await asyncio.to_thread(self._queue.complete, group)
+    self._counts["groups"] += 1
+
+  async def _roll_out(self, index: int) -> types.Group:
+    task = self._mixture.task(index)
+    async with asyncio.TaskGroup() as members:
+      episodes = [
+        members.create_task(self._episode(index, task, member))
+        for member in range(self._config.group_size)
+      ]
+    return types.Group(
+      index=index, task=task, episodes=tuple(e.result() for e in episodes)
+    )
+
+  async def _episode(
+    self, index: int, task: types.Task, member: int
+  ) -> types.Episode:
+    attempt = episode_lib.Attempt(
+      id=f"group{index}-{member}",
+      task=task,
+      member=member,
+      seed=episode_lib.derive_seed(self._config.seed, index, member),
+      max_tokens=self._mixture.max_tokens(task),
+    )
+    episode = await self._runner.run(attempt, self._mixture.environment)
+    self._count(episode)
+    return episode
+
+  def _count(self, episode: types.Episode) -> None:
+    self._counts["episodes"] += 1
+    self._counts["failures"] += episode.status == types.EpisodeStatus.FAILED
+    self._counts["timeouts"] += episode.status == types.EpisodeStatus.TIMED_OUT
+    self._counts["response_tokens"] += sum(
+      len(c.response_ids) for c in episode.completions
+    )
+    self._counts["seconds"] += episode.seconds
