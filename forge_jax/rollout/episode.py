@@ -151,7 +151,8 @@ class EpisodeRunner:
       if asyncio.current_task().cancelling():
         raise
       outcome.fail("CancelledError: the agent cancelled itself")
-    except Exception as failure:  # the boundary: an agent's failure is data
+    except (Exception, SystemExit) as failure:
+      # The boundary: an agent's failure is data, even one that calls exit().
       outcome.fail(_describe(failure))
     outcome.seconds = time.monotonic() - started
     if clock.expired():
@@ -204,7 +205,7 @@ def _as_json(messages: types.Messages) -> tuple[types.Message, ...]:
   return tuple(json.loads(json.dumps([dict(m) for m in messages])))
 
 
-def _describe(failure: Exception) -> str:
+def _describe(failure: BaseException) -> str:
   return f"{type(failure).__name__}: {failure}"
 
 

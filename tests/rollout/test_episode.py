@@ -47,13 +47,14 @@ async def test_a_completed_episode_holds_everything():
   assert endpoint.api_key == f"key-{gateway.opened[0]}"
 
 
-async def test_a_failing_agent_is_data():
+@pytest.mark.parametrize("kind", [ValueError, SystemExit])
+async def test_a_failing_agent_is_data(kind):
   async def fail():
-    raise ValueError("no such tool")
+    raise kind("no such tool")
 
   episode = await play(fakes.Echo(fail))
   assert episode.status == Status.FAILED
-  assert episode.error == "ValueError: no such tool"
+  assert episode.error == f"{kind.__name__}: no such tool"
   assert len(episode.completions) == 1  # what was captured is kept
   assert episode.perf == 0.0 and len(episode.rewards) == 1
 

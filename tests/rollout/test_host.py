@@ -115,7 +115,7 @@ async def test_a_straggler_is_timed_out_and_its_group_completes(pool):
     await asyncio.Event().wait()
 
   agent = fakes.Echo(hang_once)
-  rig = Rig(pool, agent, deadline_seconds=0.2)
+  rig = Rig(pool, agent, deadline_seconds=1.0)
   async with rig.running():
     groups = await rig.take(4)
     assert rig.host.stats()["timeouts"] == 1
