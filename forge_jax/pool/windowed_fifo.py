@@ -38,6 +38,7 @@ class WindowConfig:
   window: int = 5  # W: groups from the head on that may be taken
   max_lag: int = 1  # optimizer steps a group may be begun ahead; 0: in step
   groups_per_step: int = 8  # P: groups an optimizer step consumes
+  total: int | None = None  # groups of the whole run; None: no end
 
   def __post_init__(self):
     if self.policy not in POLICIES:
@@ -129,6 +130,8 @@ class WindowedFifo:
     config = self.config
     by_version = (trained_steps + config.max_lag + 1) * config.groups_per_step
     limit = min(self.head + config.in_flight, by_version)
+    if config.total is not None:
+      limit = min(limit, config.total)
     again = sum(index < limit for index in self._missing)
     return again + max(0, limit - self._submitted)
 

@@ -21,6 +21,16 @@ _FULL_SCORE = 1.0 - 1e-6  # perf may be a sum of floats
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class EvalConfig:
+  """What is evaluated and when; counts are tasks of each domain, 0: none."""
+
+  heldout: int = 200  # of the held-out split, before and after the run
+  phrasings: int = 200  # of the unseen phrasings, before and after the run
+  every: int = 0  # trainer steps between evaluations during the run; 0: none
+  during: int = 64  # held-out tasks of an evaluation during the run
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class EvalResult:
   """What an evaluation found."""
 

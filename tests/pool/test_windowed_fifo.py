@@ -273,3 +273,14 @@ def test_mistakes_are_refused():
 def test_bad_configs_are_refused(fields, message):
   with pytest.raises(errors.ConfigError, match=message):
     windowed_fifo.WindowConfig(**fields)
+
+
+def test_a_run_of_a_given_length_admits_no_more_groups():
+  scheduler = windowed_fifo.WindowedFifo(
+    windowed_fifo.WindowConfig(
+      policy="greedy", in_flight=8, max_lag=5, groups_per_step=2, total=3
+    )
+  )
+  while scheduler.admissible(0):
+    scheduler.submit()
+  assert scheduler.submitted == 3
