@@ -1,0 +1,51 @@
+"""The names of the metrics, one constant each, and what they mean.
+
+A name is "<topic>/<figure>". Writers of metrics and pages that show them
+meet in this list and nowhere else.
+"""
+
+TRAIN_REWARD = "train/reward"  # mean reward of the step's sampled episodes
+TRAIN_SUCCESS = "train/success"  # share of sampled episodes that succeed, 0..1
+TRAIN_SAMPLES = "train/samples"  # completions the step trained on
+TRAIN_LOSS = "train/loss"  # mean over the step's updates
+TRAIN_GRAD_NORM = "train/grad_norm"  # before clipping, mean over updates
+TRAIN_ENTROPY = "train/entropy"  # mean -log p of sampled tokens, nats
+
+RATIO_MEAN = "ratio/mean"  # importance ratio, mean over trained tokens
+RATIO_MAX = "ratio/max"
+RATIO_CLIPPED = "ratio/clipped"  # share of tokens whose ratio is clipped, 0..1
+
+MISMATCH_MEAN = "mismatch/mean"  # |engine - trainer log-probability|, nats,
+MISMATCH_MAX = "mismatch/max"  # over tokens sampled by the same weights
+
+TREE_MERGE_RATIO = "tree/merge_ratio"  # request tokens / unique tokens
+TREE_FILL = "tree/fill"  # share of the packs' slots that hold a token, 0..1
+TREE_REQUEST_TOKENS = "tree/request_tokens"  # before merging, in the step
+TREE_UNIQUE_TOKENS = "tree/unique_tokens"  # after merging, in the step
+
+THROUGHPUT_ROLLOUT = "throughput/rollout"  # tokens a busy second, last step
+THROUGHPUT_TRAINING = "throughput/training"
+THROUGHPUT_DATA = "throughput/data"
+THROUGHPUT_IO = "throughput/io"
+
+YIELD_THROUGHPUT = "yield/throughput"  # trained tokens a wall-clock second
+YIELD_EFFICIENCY = "yield/efficiency"  # held-out gain per 1k trained samples
+YIELD_J = "yield/j"  # the product of the two
+YIELD_GRAD_NORM_VARIANCE = "yield/grad_norm_variance"  # over recent steps
+YIELD_REWARD_CHANGE = "yield/reward_change"  # of the smoothed reward, a step
+
+QUEUE_HEAD = "queue/head"  # index of the oldest group not yet consumed
+QUEUE_IN_FLIGHT = "queue/in_flight"  # groups being sampled
+QUEUE_WAITING = "queue/waiting"  # complete groups not yet consumed
+
+WEIGHTS_VERSION = "weights/version"  # the version that the engine samples from
+LAG_MEAN = "lag/mean"  # trainer steps between sampling and training a token
+LAG_MAX = "lag/max"
+
+TIME_STEP = "time/step"  # wall-clock seconds of the whole step
+TIME_TRAIN = "time/train"  # of it, in the trainer
+TIME_ROLLOUT_WAIT = "time/rollout_wait"  # of it, waiting for groups
+MEMORY_RSS_GB = "memory/rss_gb"  # peak resident memory so far, 1e9 bytes
+
+EVAL_HELDOUT = "eval/heldout"  # greedy success on held-out tasks, 0..1
+EVAL_PHRASINGS = "eval/phrasings"  # the same on phrasings never trained on
