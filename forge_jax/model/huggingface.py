@@ -154,8 +154,12 @@ def _open_tensors(
     handle = _open(folder / _SINGLE, stack)
     return dict.fromkeys(handle.keys(), handle)
   weight_map = _read_json(index).get("weight_map")
-  if not isinstance(weight_map, dict):
-    raise errors.CheckpointError(f"{index}: 'weight_map' is missing")
+  if not isinstance(weight_map, dict) or not all(
+    isinstance(name, str) for name in weight_map.values()
+  ):
+    raise errors.CheckpointError(
+      f"{index}: 'weight_map' is missing or does not name files"
+    )
   handles = {
     name: _open(folder / name, stack)
     for name in sorted(set(weight_map.values()))

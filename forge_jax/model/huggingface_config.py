@@ -54,6 +54,24 @@ class _Json:
     value = self.values.get(key)
     return default if value is None else value
 
+  def number(self, key: str, default: float | None = None) -> float:
+    """A number; without a default the key must be there."""
+    value = self.need(key) if default is None else self.get(key, default)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+      raise errors.CheckpointError(
+        f"{self.where}: {key!r} is {value!r}, expected a number"
+      )
+    return float(value)
+
+  def integer(self, key: str, default: int | None = None) -> int:
+    """A whole number from 1 on, otherwise as `number`."""
+    value = self.number(key, default)
+    if value != int(value) or value < 1:
+      raise errors.CheckpointError(
+        f"{self.where}: {key!r} is {value!r}, expected a whole number from 1"
+      )
+    return int(value)
+
   def refuse(self, key: str, why: str) -> None:
     """Fails where a key is set to anything but null or false."""
     if self.values.get(key):
@@ -92,22 +110,24 @@ def from_json(
   json.refuse("use_sliding_window", window)
   if family == "mistral":
     json.refuse("sliding_window", window)
-  width, heads = json.need("hidden_size"), json.need("num_attention_heads")
+  width = json.integer("hidden_size")
+  heads = json.integer("num_attention_heads")
+  channels = 128 if family == "qwen3" else max(width // heads, 1)
   bias = family != "mistral" and json.get("attention_bias", False)
   theta, scaling = _rope(json)
   return params_lib.decoder_config(
     where,
-    vocab_size=json.need("vocab_size"),
+    vocab_size=json.integer("vocab_size"),
     width=width,
-    num_layers=json.need("num_hidden_layers"),
+    num_layers=json.integer("num_hidden_layers"),
     num_heads=heads,
-    num_kv_heads=json.get("num_key_value_heads", heads),
-    head_dim=json.get("head_dim", 128 if family == "qwen3" else width // heads),
-    mlp_width=json.need("intermediate_size"),
-    max_context=json.need("max_position_embeddings"),
+    num_kv_heads=json.integer("num_key_value_heads", heads),
+    head_dim=json.integer("head_dim", channels),
+    mlp_width=json.integer("intermediate_size"),
+    max_context=json.integer("max_position_embeddings"),
     rope_theta=theta,
     rope_scaling=scaling,
-    norm_eps=json.get("rms_norm_eps", 1e-6),
+    norm_eps=json.number("rms_norm_eps", 1e-6),
     tied_embeddings=json.get("tie_word_embeddings", False),
     qkv_bias=family == "qwen2" or bias,
     out_bias=family != "qwen2" and bias,
@@ -174,8 +194,12 @@ def _family(config: model_config.ModelConfig) -> str:
 def _rope(json: _Json) -> tuple[float, model_config.RopeScaling | None]:
   """The rotary base and its scaling."""
   values = json.get("rope_parameters", None) or json.get("rope_scaling", {})
+  if not isinstance(values, dict):
+    raise errors.CheckpointError(
+      f"{json.where}: the rope parameters are {values!r}, expected an object"
+    )
   rope = _Json(values, f"{json.where}: rope parameters")
-  theta = float(rope.get("rope_theta", json.get("rope_theta", 10_000.0)))
+  theta = rope.number("rope_theta", json.number("rope_theta", 10_000.0))
   for source in (json, rope):
     partial = source.get("partial_rotary_factor", 1.0)
     if partial != 1.0:
@@ -204,26 +228,29 @@ def _rope(json: _Json) -> tuple[float, model_config.RopeScaling | None]:
 def _scaling_from_json(
   kind: str, rope: _Json, json: _Json
 ) -> model_config.RopeScaling:
-  factor = float(rope.need("factor"))
+  factor = rope.number("factor")
   trained = "original_max_position_embeddings"
-  context = rope.get(trained, json.need("max_position_embeddings"))
+  context = rope.integer(trained, json.integer("max_position_embeddings"))
   if kind == "linear":
     return model_config.RopeScaling(kind, factor, context)
   if kind == "llama3":
     return model_config.RopeScaling(
       kind,
       factor,
-      rope.need(trained),
-      low_freq_factor=float(rope.need("low_freq_factor")),
-      high_freq_factor=float(rope.need("high_freq_factor")),
+      rope.integer(trained),
+      low_freq_factor=rope.number("low_freq_factor"),
+      high_freq_factor=rope.number("high_freq_factor"),
     )
+  attention = rope.get("attention_factor", None)
   return model_config.RopeScaling(
     kind,
     factor,
     context,
-    beta_fast=float(rope.get("beta_fast", 32.0)),
-    beta_slow=float(rope.get("beta_slow", 1.0)),
-    attention_factor=rope.get("attention_factor", None),
+    beta_fast=rope.number("beta_fast", 32.0),
+    beta_slow=rope.number("beta_slow", 1.0),
+    attention_factor=(
+      None if attention is None else rope.number("attention_factor")
+    ),
   )
 
 
