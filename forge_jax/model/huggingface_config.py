@@ -68,7 +68,7 @@ class _Json:
     value = self.number(key, default)
     if value != int(value) or value < 1:
       raise errors.CheckpointError(
-        f"{self.where}: {key!r} is {value!r}, expected a whole number from 1"
+        f"{self.where}: {key!r} is {value:g}, expected a whole number from 1"
       )
     return int(value)
 
