@@ -169,7 +169,8 @@ class PackedBatch:
   """The trainer's only input. Written by tree/pack.py, static shapes.
 
   The log-probability of edge e is read at hidden state `edge_parent_BE[e]`;
-  row m trains edge `row_edge_BM[m]`. Padding rows have weight 0, version -1.
+  row m trains edge `row_edge_BM[m]`. Padding rows have weight 0, version -1;
+  padding edges have token -1.
   """
 
   tokens_BT: np.ndarray  # int32

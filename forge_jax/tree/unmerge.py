@@ -1,0 +1,86 @@
+"""From the merged tree back to the samples: log-probabilities of their rows.
+
+An edge's logits are read at its parent's hidden state. They are made a chunk
+of edges at a time and made again in the backward pass, so the logits of a
+batch never exist whole. A chunk without edges costs nothing.
+"""
+
+from collections.abc import Callable
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+
+def edge_logprobs(
+  hidden_BTD: jax.Array,
+  edge_parent_BE: jax.Array,
+  edge_token_BE: jax.Array,
+  head: Callable[[jax.Array], jax.Array],
+  *,
+  chunk: int,
+) -> tuple[jax.Array, jax.Array]:
+  """Log-probability of each edge's token, and the entropy of its prediction.
+
+  Args:
+    hidden_BTD: final hidden states.
+    edge_parent_BE: int32, where in T the edge's token is predicted.
+    edge_token_BE: int32 token ids; -1 marks padding.
+    head: maps hidden states [B, chunk, D] to logits [B, chunk, V], in at least
+      float32.
+    chunk: edges of a pack whose logits exist at a time.
+
+  Returns:
+    Two arrays [B, E] in the logits' dtype, in nats, 0 at padding. The entropy
+    carries no gradient.
+  """
+  B, E = edge_token_BE.shape
+  chunks = -(-E // chunk)
+  padding = ((0, 0), (0, chunks * chunk - E))
+
+  def split(x_BE, value):
+    x = jnp.pad(x_BE, padding, constant_values=value)
+    return x.reshape(B, chunks, chunk).swapaxes(0, 1)
+
+  def logprobs(parent_Be, token_Be):
+    hidden_BeD = jnp.take_along_axis(hidden_BTD, parent_Be[..., None], axis=1)
+    logits_BeV = head(hidden_BeD)
+    norm_Be = jax.nn.logsumexp(logits_BeV, axis=-1)
+    token_Be1 = jnp.maximum(token_Be, 0)[..., None]
+    chosen_Be = jnp.take_along_axis(logits_BeV, token_Be1, axis=-1)[..., 0]
+    fixed_BeV = lax.stop_gradient(logits_BeV)
+    fixed_Be = lax.stop_gradient(norm_Be)
+    probs_BeV = jnp.exp(fixed_BeV - fixed_Be[..., None])
+    entropy_Be = fixed_Be - (probs_BeV * fixed_BeV).sum(-1)
+    real_Be = token_Be >= 0
+    return (
+      jnp.where(real_Be, chosen_Be - norm_Be, 0.0),
+      jnp.where(real_Be, entropy_Be, 0.0),
+    )
+
+  dtype = jax.eval_shape(head, hidden_BTD[:, :1]).dtype
+
+  def nothing(parent_Be, token_Be):
+    del parent_Be
+    zero_Be = jnp.zeros(token_Be.shape, dtype)
+    return zero_Be, zero_Be
+
+  @jax.checkpoint
+  def one(parent_Be, token_Be):
+    return lax.cond(
+      (token_Be >= 0).any(), logprobs, nothing, parent_Be, token_Be
+    )
+
+  pair = lax.map(
+    lambda args: one(*args),
+    (split(edge_parent_BE, 0), split(edge_token_BE, -1)),
+  )
+  logprob_BE, entropy_BE = (
+    x.swapaxes(0, 1).reshape(B, chunks * chunk)[:, :E] for x in pair
+  )
+  return logprob_BE, entropy_BE
+
+
+def row_logprobs(logprob_BE: jax.Array, row_edge_BM: jax.Array) -> jax.Array:
+  """Log-probabilities [B, M] of the rows; rows may share an edge."""
+  return jnp.take_along_axis(logprob_BE, row_edge_BM, axis=1)
