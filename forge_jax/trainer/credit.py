@@ -1,0 +1,194 @@
+"""Credit: from the groups of a step to weighted samples.
+
+1. A step is a completion. A reward lands on the completion that it names, or
+   on the episode's last one; the speed reward lands on the last one.
+2. r_t = alpha * process + beta * speed + perf; process and perf capped per
+   episode. G_t is the reward-to-go.
+3. A_t = G_t - B with B the group's mean return, for every response token of
+   completion t.
+4. Each token weighs one over the response tokens of all the groups given.
+
+Completions whose advantage is exactly 0 add nothing to the gradient: they are
+counted in the normaliser, then dropped.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+
+import numpy as np
+
+from forge_jax import errors, types
+from forge_jax.algo import advantages, rewards
+
+
+@dataclasses.dataclass(frozen=True)
+class CreditConfig:
+  """How rewards become advantages."""
+
+  gamma: float = 1.0  # discount per completion
+  alpha: float = 1.0  # factor of process rewards
+  beta: float = 0.0  # factor of the speed reward
+  leave_one_out: bool = False  # baseline from the other episodes only
+  divide_by_std: bool = False  # divide advantages by the group's std
+  process_cap: float = 1.0  # largest |sum| of process rewards of an episode
+  perf_cap: float = 1.0  # largest |sum| of perf rewards of an episode
+
+  def __post_init__(self):
+    if not 0 <= self.gamma <= 1:
+      raise errors.ConfigError(f"credit.gamma={self.gamma} is not in [0, 1]")
+    for name in ("process_cap", "perf_cap"):
+      if getattr(self, name) < 0:
+        raise errors.ConfigError(
+          f"credit.{name}={getattr(self, name)} is negative"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class CreditStats:
+  """What credit assignment saw."""
+
+  episodes: int
+  samples: int  # kept
+  dropped_samples: int  # with an advantage of 0 on every token
+  response_tokens: int  # of all completions, dropped ones included
+  mean_reward: float  # undiscounted, per episode, components combined
+  success_rate: float  # share of episodes with perf >= 1
+  advantage_std: float  # over all response tokens
+
+
+def assign_credit(
+  groups: Sequence[types.Group], config: CreditConfig
+) -> tuple[list[types.Sample], CreditStats]:
+  """Samples of all completions with a non-zero advantage.
+
+  Episodes without completions count in the baseline and in the statistics.
+
+  Args:
+    groups: groups of at least one episode.
+    config: how.
+
+  Returns:
+    The samples, in the order of groups, episodes and completions, and
+    statistics.
+
+  Raises:
+    SampleError: a reward of an unknown completion, or one not finite.
+    ConfigError: a leave-one-out baseline of a group of one episode.
+  """
+  episodes = [episode for group in groups for episode in group.episodes]
+  rewards_of, advantages_of = [], []
+  for group in groups:
+    group_rewards = _group_rewards(group, config)
+    rewards_of += group_rewards
+    advantages_of += _group_advantages(group_rewards, config)
+  total = sum(len(c.response_ids) for e in episodes for c in e.completions)
+  samples = []
+  for episode, advantage_S in zip(episodes, advantages_of, strict=True):
+    # An episode without completions still has one step to hold its rewards.
+    for number, completion in enumerate(episode.completions):
+      advantage = np.float32(advantage_S[number])
+      if len(completion.response_ids) and advantage:
+        name = f"{episode.id}/{number}"
+        samples.append(_sample(name, completion, advantage, total))
+  return samples, _stats(episodes, rewards_of, advantages_of, samples)
+
+
+def _stats(
+  episodes: Sequence[types.Episode],
+  rewards_of: Sequence[np.ndarray],
+  advantages_of: Sequence[np.ndarray],
+  samples: Sequence[types.Sample],
+) -> CreditStats:
+  sizes = [len(c.response_ids) for e in episodes for c in e.completions]
+  advantage = [
+    advantage_S[: len(episode.completions)]
+    for episode, advantage_S in zip(episodes, advantages_of, strict=True)
+  ]
+  per_token = np.repeat(np.concatenate([*advantage, np.empty(0)]), sizes)
+  count = max(len(episodes), 1)
+  return CreditStats(
+    episodes=len(episodes),
+    samples=len(samples),
+    dropped_samples=len(sizes) - len(samples),
+    response_tokens=sum(sizes),
+    mean_reward=sum(float(r_S.sum()) for r_S in rewards_of) / count,
+    success_rate=sum(e.perf >= 1 for e in episodes) / count,
+    advantage_std=float(per_token.std()) if len(per_token) else 0.0,
+  )
+
+
+def _sample(
+  name: str, completion: types.Completion, advantage: float, total: int
+) -> types.Sample:
+  size = len(completion.response_ids)
+  return types.Sample(
+    name=name,
+    prompt_ids=completion.prompt_ids,
+    response_ids=completion.response_ids,
+    logprobs=completion.logprobs,
+    advantages=np.full(size, advantage, np.float32),
+    weights=np.full(size, 1 / total, np.float32),
+    versions=completion.versions,
+  )
+
+
+def _group_rewards(
+  group: types.Group, config: CreditConfig
+) -> list[np.ndarray]:
+  """Each episode's rewards [S], float64, S being at least 1."""
+  speed_G = rewards.speed(
+    np.array([episode.seconds for episode in group.episodes]),
+    np.array([episode.perf >= 1 for episode in group.episodes]),
+  )
+  result = []
+  for episode, speed in zip(group.episodes, speed_G, strict=True):
+    process_S = _component(episode, types.Component.PROCESS)
+    perf_S = _component(episode, types.Component.PERF)
+    speed_S = np.zeros(len(perf_S))
+    speed_S[-1] = speed
+    result.append(
+      rewards.combine(
+        rewards.cap_total(process_S, config.process_cap),
+        speed_S,
+        rewards.cap_total(perf_S, config.perf_cap),
+        alpha=config.alpha,
+        beta=config.beta,
+      )
+    )
+  return result
+
+
+def _component(
+  episode: types.Episode, component: types.Component
+) -> np.ndarray:
+  """The sum of a component's rewards at each step."""
+  steps = len(episode.completions)
+  values_S = np.zeros(max(steps, 1))
+  for reward in episode.rewards:
+    if reward.component != component:
+      continue
+    if not np.isfinite(reward.value):
+      raise errors.SampleError(
+        f"episode {episode.id}: reward {reward.name} is {reward.value}"
+      )
+    if reward.step is not None and not 0 <= reward.step < steps:
+      raise errors.SampleError(
+        f"episode {episode.id}: reward {reward.name} names completion "
+        f"{reward.step}, but there are {steps}"
+      )
+    values_S[-1 if reward.step is None else reward.step] += reward.value
+  return values_S
+
+
+def _group_advantages(
+  rewards_of: Sequence[np.ndarray], config: CreditConfig
+) -> list[np.ndarray]:
+  """Each episode's advantages [S]."""
+  returns = [advantages.reward_to_go(r, config.gamma) for r in rewards_of]
+  start_G = np.array([returns_S[0] for returns_S in returns])
+  baseline_G = advantages.group_baseline(start_G, config.leave_one_out)
+  scale = advantages.group_scale(start_G) if config.divide_by_std else 1.0
+  return [
+    (returns_S - baseline) / scale
+    for returns_S, baseline in zip(returns, baseline_G, strict=True)
+  ]
