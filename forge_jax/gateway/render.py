@@ -6,8 +6,8 @@ and is bridged by text: the whole conversation is rendered as text with and
 without the new messages, the one must extend the other, and only the rest is
 encoded. A template that rewrites its history cannot be extended, and says so.
 
-A reply in tool-call markup that is not well-formed is handed over as the text
-that was sampled, markup and all.
+A reply whose tool-call markup is not well-formed is handed over as the text
+that was sampled, markup and all; its reasoning, if any, stays apart.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,16 +15,14 @@ import dataclasses
 import json
 from typing import Any
 
-import jinja2
 import renderers
 from renderers import base as renderers_base
 from renderers import reasoning as renderers_reasoning
 import transformers
 
 from forge_jax import errors, types
-from forge_jax.gateway import refusal
+from forge_jax.gateway import refusal, template
 
-_PROBE = "3f2a97c1"  # a reply that no template writes by itself
 # What a chat template contains -> the parser of the tool calls it describes.
 _TOOL_PARSERS = (
   ("<arg_key>", "glm"),
@@ -85,9 +83,11 @@ class Renderer:
     self._template_kwargs = dict(template_kwargs or {})
     self.name = _pick(tokenizer) if name == "auto" else name
     self._family = self._create()
-    self._generic = self.name == "default"
-    self._closing = self._find_closing() if self._generic else None
-    self._takes_tools = self._probe_tools() if self._generic else True
+    self._template = (
+      template.ChatTemplate(tokenizer, self._template_kwargs)
+      if self.name == "default"
+      else None
+    )
     self.stop_token_ids = self._find_stop_tokens()
     self._stops = frozenset(self.stop_token_ids)
     self._markup = frozenset(tokenizer.added_tokens_decoder) - self._stops
@@ -103,12 +103,12 @@ class Renderer:
     Raises:
       Refusal: the template refuses the messages or the tools.
     """
-    if self._generic:
-      return self._encode(self._text(messages, tools, True))
+    if self._template is not None:
+      return self._encode(self._template.text(messages, tools, True))
     try:
       return list(
         self._family.render_ids(
-          _for_template(messages),
+          template.with_objects(messages),
           tools=list(tools) or None,
           add_generation_prompt=True,
         )
@@ -142,15 +142,16 @@ class Renderer:
       The ids to append to prompt and response; None if the template does not
       extend what the model has seen.
     """
-    if self._generic:
-      return self._extend_by_text(
-        response_ids, conversation, new_messages, tools
-      )
+    if self._template is not None:
+      ended = len(response_ids) and response_ids[-1] in self._stops
+      stop = self.decode(response_ids[-1:]) if ended else ""
+      rest = self._template.rest(conversation, new_messages, tools, stop)
+      return None if rest is None else self._encode(rest)
     seen = [*prompt_ids, *response_ids]
     bridged = self._family.bridge_to_next_turn(
       list(prompt_ids),
       list(response_ids),
-      _for_template(new_messages),
+      template.with_objects(new_messages),
       tools=list(tools) or None,
     )
     if bridged is None or bridged.token_ids[: len(seen)] != seen:
@@ -170,9 +171,12 @@ class Renderer:
     )
     if parsed.tool_calls:
       if not tools or any(_is_malformed(c) for c in parsed.tool_calls):
-        return Reply(self.decode(ids), malformed=bool(tools))
+        content = self.decode(ids)
+        if self._reasons(prompt_ids, ids):
+          content = self._after_reasoning(ids, parsed)
+        return Reply(content, parsed.reasoning_content, malformed=bool(tools))
       return Reply(
-        content=parsed.content.rstrip(),
+        content=self._opened_as_sampled(ids, parsed.content).rstrip(),
         reasoning=parsed.reasoning_content,
         tool_calls=tuple(
           ToolCall(c.name, json.dumps(c.arguments, ensure_ascii=False))
@@ -181,7 +185,8 @@ class Renderer:
       )
     if self.is_plain(ids) and not self.opens_reasoning(prompt_ids):
       return Reply(self.decode(ids))
-    return Reply(parsed.content, parsed.reasoning_content)
+    content = self._opened_as_sampled(ids, parsed.content)
+    return Reply(content, parsed.reasoning_content)
 
   def decode(self, ids: Sequence[int]) -> str:
     """The text of token ids, special tokens included."""
@@ -212,113 +217,67 @@ class Renderer:
     """Whether any text may turn out to be a tool call."""
     return bool(tools) and self.name in _PLAIN_TEXT_CALLS
 
+  def _reasons(self, prompt_ids: Sequence[int], ids: Sequence[int]) -> bool:
+    """Whether a response begins in its reasoning, even an empty one."""
+    for n, token in enumerate(ids):
+      if token in self._markup:
+        opened = (
+          token == self.think_open_id and not self.decode(ids[:n]).strip()
+        )
+        return opened or self.opens_reasoning(prompt_ids)
+    return self.opens_reasoning(prompt_ids)
+
+  def _opened_as_sampled(self, ids: Sequence[int], content: str) -> str:
+    """Content with the white space it was sampled with before its text.
+
+    Some families strip it; whoever streams a reply cannot know yet.
+    """
+    markup = (n for n, token in enumerate(ids) if token in self._markup)
+    head = self.decode(ids[: next(markup, len(ids))])
+    if not head.strip():
+      return content
+    return head[: len(head) - len(head.lstrip())] + content.lstrip()
+
+  def _after_reasoning(
+    self, ids: Sequence[int], parsed: renderers.ParsedResponse
+  ) -> str:
+    """The text of all that follows the reasoning, markup included."""
+    if self.think_close_id in ids:
+      start = ids.index(self.think_close_id) + 1
+    else:  # the opening of a call has ended the reasoning
+      outside = self._markup - {self.think_open_id}
+      start = next(n for n, token in enumerate(ids) if token in outside)
+    text = self.decode(ids[start:])
+    return text if parsed.content[:1].isspace() else text.lstrip()
+
   def _create(self) -> renderers.Renderer:
-    if self.name == "default":
-      config = renderers.DefaultRendererConfig(
-        tool_parser=_tool_parser(self._tokenizer)
-      )
-    else:
-      config = renderers.config_from_name(self.name)
-      if config is None:
-        raise errors.ConfigError(f"there is no renderer {self.name!r}")
-    kwargs = None if self.name == "default" else self._template_kwargs
     try:
+      if self.name == "default":
+        return renderers.create_renderer(
+          self._tokenizer,
+          renderers.DefaultRendererConfig(
+            tool_parser=_tool_parser(self._tokenizer)
+          ),
+        )
       return renderers.create_renderer(
-        self._tokenizer, config, chat_template_kwargs=kwargs
+        self._tokenizer,
+        renderers.config_from_name(self.name),
+        chat_template_kwargs=self._template_kwargs,
       )
     except (ValueError, TypeError, AssertionError) as error:
       raise errors.ConfigError(
-        f"renderer {self.name!r} does not fit the tokenizer: {error}"
+        f"renderer {self.name!r} cannot be used: {error}"
       ) from error
-
-  def _find_closing(self) -> str | None:
-    """What the template writes after a reply; None if it cannot be told."""
-    text = self._text(
-      [
-        {"role": "user", "content": "question"},
-        {"role": "assistant", "content": _PROBE},
-      ],
-      (),
-      False,
-    )
-    _, found, closing = text.partition(_PROBE)
-    return closing if found and _PROBE not in closing else None
-
-  def _probe_tools(self) -> bool:
-    """Whether the template shows tools to the model."""
-    tool = {
-      "type": "function",
-      "function": {"name": _PROBE, "description": "", "parameters": {}},
-    }
-    messages = [{"role": "user", "content": "question"}]
-    try:
-      return _PROBE in self._text(messages, [tool], True, check=False)
-    except refusal.Refusal:
-      return False
 
   def _find_stop_tokens(self) -> tuple[int, ...]:
     ids = list(self._family.get_stop_token_ids())
-    if self._closing:
-      first = self._encode(self._closing)[0]
+    if self._template is not None and self._template.closing:
+      first = self._encode(self._template.closing)[0]
       if first in self._tokenizer.added_tokens_decoder and first not in ids:
         ids.append(first)
     if not ids:
       raise errors.ConfigError("the tokenizer has no end-of-sequence token")
     return tuple(ids)
-
-  def _extend_by_text(
-    self,
-    response_ids: Sequence[int],
-    conversation: types.Messages,
-    new_messages: types.Messages,
-    tools: types.Messages,
-  ) -> list[int] | None:
-    closing = self._closing
-    if closing is None:
-      return None
-    if len(response_ids) and response_ids[-1] in self._stops:
-      stop = self.decode(response_ids[-1:])
-      if not closing.startswith(stop):
-        return None
-      closing = closing[len(stop) :]
-    # The model has seen `prompt`; `old` ends with the template's closing.
-    prompt = self._text(conversation[:-1], tools, True)
-    old = self._text(conversation, tools, False)
-    new = self._text([*conversation, *new_messages], tools, True)
-    if not (
-      old.startswith(prompt)
-      and old.endswith(self._closing)
-      and new.startswith(old)
-    ):
-      return None
-    return self._encode(closing + new[len(old) :])
-
-  def _text(
-    self,
-    messages: types.Messages,
-    tools: types.Messages,
-    open_reply: bool,
-    *,
-    check: bool = True,
-  ) -> str:
-    """The conversation as the chat template writes it."""
-    if tools and check and not self._takes_tools:
-      raise refusal.Refusal(
-        "this model's chat template does not show tools to the model",
-        param="tools",
-      )
-    try:
-      return self._tokenizer.apply_chat_template(
-        _for_template(messages),
-        tools=list(tools) or None,
-        add_generation_prompt=open_reply,
-        tokenize=False,
-        **self._template_kwargs,
-      )
-    except (jinja2.TemplateError, ValueError, TypeError, KeyError) as error:
-      raise refusal.Refusal(
-        f"the chat template refuses the messages: {error}", param="messages"
-      ) from error
 
   def _encode(self, text: str) -> list[int]:
     backend = self._tokenizer.backend_tokenizer
@@ -352,25 +311,3 @@ def _is_malformed(call: renderers.ParsedToolCall) -> bool:
     or not call.name
     or not isinstance(call.arguments, dict)
   )
-
-
-def _for_template(messages: types.Messages) -> list[dict[str, Any]]:
-  """Messages with the arguments of calls as objects, as templates expect."""
-  rendered = []
-  for message in messages:
-    message = dict(message)
-    if calls := message.get("tool_calls"):
-      message["tool_calls"] = [_decode_arguments(call) for call in calls]
-    rendered.append(message)
-  return rendered
-
-
-def _decode_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
-  function = dict(call["function"])
-  try:
-    arguments = json.loads(function["arguments"])
-  except ValueError:
-    arguments = None
-  if isinstance(arguments, dict):
-    function["arguments"] = arguments
-  return {**call, "function": function}

@@ -51,6 +51,7 @@ class TextStream:
     self._detokenizer = Detokenizer(renderer)
     self._ids: list[int] = []
     self._in_reasoning = renderer.opens_reasoning(prompt_ids)
+    self._reasoned = False  # reasoning comes once, and first
     self._held = renderer.calls_are_plain_text(tools)
     self._pending = ""  # decoded, not sent
     self._strip = False  # drop the white space that opens the content
@@ -69,9 +70,8 @@ class TextStream:
           reasoning += self._close_reasoning()
       elif self._renderer.is_plain((token,)):
         self._pending += self._detokenizer.feed((token,))
-      elif token == self._renderer.think_open_id and not self._pending.strip():
-        self._in_reasoning = not self.content
-        self._held = bool(self.content)
+      elif token == self._renderer.think_open_id and self._may_reason():
+        self._in_reasoning = True
       else:
         self._held = True
     if not self._held and not self._in_reasoning:
@@ -88,10 +88,13 @@ class TextStream:
     self.content += content
     return reasoning, content
 
+  def _may_reason(self) -> bool:
+    return not (self._reasoned or self.content or self._pending.strip())
+
   def _close_reasoning(self) -> str:
     """Ends the reasoning; asks the model's parser what it was."""
     self._in_reasoning = False
-    self._strip = True
+    self._reasoned = self._strip = True
     reply = self._renderer.parse(self._prompt_ids, self._ids, self._tools)
     return reply.reasoning or ""
 

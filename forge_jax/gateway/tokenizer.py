@@ -8,7 +8,7 @@ import gguf
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 import transformers
 
-from forge_jax import errors
+from forge_jax import errors, paths
 
 _CONTROL, _USER_DEFINED = 3, 4  # GGUF token types that are never split
 _BYTE_LEVEL = {  # GGUF's name of the split -> what comes before byte level
@@ -23,20 +23,15 @@ def load_tokenizer(
   """Loads a fast tokenizer that has a chat template.
 
   Args:
-    path: a GGUF file with a byte-level BPE, or a folder in the Hugging Face
-      format.
+    path: a GGUF file with a byte-level BPE, a folder in the Hugging Face
+      format, or "package:<distribution>" for the GGUF inside a package.
 
   Raises:
     CheckpointError: there is no tokenizer at the path, it cannot be read, or
       it lacks something; the message names it.
   """
-  path = pathlib.Path(path)
-  if path.is_dir():
-    tokenizer = _from_folder(path)
-  elif path.is_file():
-    tokenizer = _from_gguf(path)
-  else:
-    raise errors.CheckpointError(f"{path}: no such file or folder")
+  path = paths.resolve_model_path(path)
+  tokenizer = _from_folder(path) if path.is_dir() else _from_gguf(path)
   if not tokenizer.chat_template:
     raise errors.CheckpointError(f"{path}: the tokenizer has no chat template")
   return tokenizer
