@@ -38,6 +38,14 @@ class StepMetrics:
   values: Mapping[str, float]  # by the names in observe/names.py
 
 
+@dataclasses.dataclass(frozen=True)
+class ObserveConfig:
+  """Where metrics go beside metrics.jsonl."""
+
+  tensorboard: bool = True
+  wandb_project: str = ""  # "": not to Weights & Biases
+
+
 Subscriber = Callable[[StepMetrics], None]
 
 

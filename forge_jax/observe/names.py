@@ -7,9 +7,10 @@ meet in this list and nowhere else.
 TRAIN_REWARD = "train/reward"  # mean reward of the step's sampled episodes
 TRAIN_SUCCESS = "train/success"  # share of sampled episodes that succeed, 0..1
 TRAIN_SAMPLES = "train/samples"  # completions the step trained on
+TRAIN_RESPONSE_TOKENS = "train/response_tokens"  # sampled, in the step
 TRAIN_LOSS = "train/loss"  # mean over the step's updates
 TRAIN_GRAD_NORM = "train/grad_norm"  # before clipping, mean over updates
-TRAIN_ENTROPY = "train/entropy"  # mean -log p of sampled tokens, nats
+TRAIN_ENTROPY = "train/entropy"  # of the policy at the trained tokens, nats
 
 RATIO_MEAN = "ratio/mean"  # importance ratio, mean over trained tokens
 RATIO_MAX = "ratio/max"
@@ -44,6 +45,7 @@ LAG_MAX = "lag/max"
 
 TIME_STEP = "time/step"  # wall-clock seconds of the whole step
 TIME_TRAIN = "time/train"  # of it, in the trainer
+TIME_DATA = "time/data"  # of that, crediting, merging and packing
 TIME_ROLLOUT_WAIT = "time/rollout_wait"  # of it, waiting for groups
 MEMORY_RSS_GB = "memory/rss_gb"  # peak resident memory so far, 1e9 bytes
 
