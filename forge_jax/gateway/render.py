@@ -166,6 +166,12 @@ class Renderer:
   ) -> Reply:
     """What a response says, up to its stop token; calls only if tools."""
     ids = self.before_stop(response_ids)
+    if (
+      self.is_plain(ids)
+      and not self.calls_are_plain_text(tools)
+      and not self.opens_reasoning(prompt_ids)
+    ):
+      return Reply(self.decode(ids))
     parsed = self._family.parse_response(
       ids, tools=list(tools) or None, prompt_ids=list(prompt_ids)
     )
@@ -183,8 +189,6 @@ class Renderer:
           for c in parsed.tool_calls
         ),
       )
-    if self.is_plain(ids) and not self.opens_reasoning(prompt_ids):
-      return Reply(self.decode(ids))
     content = self._opened_as_sampled(ids, parsed.content)
     return Reply(content, parsed.reasoning_content)
 
