@@ -47,6 +47,7 @@ TIME_STEP = "time/step"  # wall-clock seconds of the whole step
 TIME_TRAIN = "time/train"  # of it, in the trainer
 TIME_DATA = "time/data"  # of that, crediting, merging and packing
 TIME_ROLLOUT_WAIT = "time/rollout_wait"  # of it, waiting for groups
+TIME_ELAPSED = "time/elapsed"  # of the run so far, restarts included
 MEMORY_RSS_GB = "memory/rss_gb"  # peak resident memory so far, 1e9 bytes
 
 EVAL_HELDOUT = "eval/heldout"  # greedy success on held-out tasks, 0..1

@@ -18,6 +18,7 @@ import asyncio
 import collections
 from collections.abc import Mapping
 import threading
+import time
 from typing import Any
 
 from forge_jax import errors, types
@@ -83,8 +84,11 @@ class GroupQueue:
     """
     with self._changed:
       self._scheduler.expect(group.index)
+    started = time.perf_counter()
     self._store.append(group)
     with self._changed:
+      self.io_seconds += time.perf_counter() - started
+      self.io_tokens += _tokens(group)
       self._scheduler.complete(group.index)
       self._notify()
 
@@ -212,6 +216,14 @@ class GroupQueue:
     self._changed.notify_all()
     for waiter in self._waiters:
       waiter.wake()
+
+
+def _tokens(group: types.Group) -> int:
+  return sum(
+    len(completion.prompt_ids) + len(completion.response_ids)
+    for episode in group.episodes
+    for completion in episode.completions
+  )
 
 
 class _Waiter:

@@ -1,0 +1,141 @@
+"""The trainer's loop: take, step, publish, evaluate, commit, checkpoint.
+
+The order within a step matters: weights are published, and an evaluation with
+them is over, before the step is committed, because the commit lets the
+rollout host begin groups that must be sampled from these weights.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+import contextlib
+import signal
+import time
+from typing import Any
+
+from absl import logging
+
+from forge_jax import types
+from forge_jax.observe import names
+from forge_jax.pool import queue as queue_lib
+from forge_jax.trainer import checkpoint as checkpoint_lib
+from forge_jax.trainer import trainer as trainer_lib
+
+
+class Interrupted(Exception):
+  """Raised where the loop waits when a stop is requested."""
+
+
+class StopSignal:
+  """A request to stop, by Ctrl-C or SIGTERM, seen between two steps.
+
+  Entered on the main thread. While the trainer computes, the request only sets
+  `requested`; while it waits inside `interruptible`, the wait ends at once. A
+  second Ctrl-C ends the process the usual way.
+  """
+
+  def __init__(self):
+    self.requested = False
+    self._waiting = False
+    self._previous: dict[int, Any] = {}
+
+  def __enter__(self):
+    for number in (signal.SIGINT, signal.SIGTERM):
+      self._previous[number] = signal.signal(number, self._handle)
+    return self
+
+  def __exit__(self, *_):
+    for number, handler in self._previous.items():
+      signal.signal(number, handler)
+
+  @contextlib.contextmanager
+  def interruptible(self) -> Iterator[None]:
+    """Where a stop request raises Interrupted."""
+    self._waiting = True
+    try:
+      if self.requested:
+        raise Interrupted
+      yield
+    finally:
+      self._waiting = False
+
+  def _handle(self, number, frame):
+    del frame
+    if self.requested and number == signal.SIGINT:
+      raise KeyboardInterrupt
+    self.requested = True
+    logging.info("%s: stopping after this step", signal.Signals(number).name)
+    if self._waiting:
+      raise Interrupted
+
+
+def train(
+  trainer: trainer_lib.Trainer,
+  queue: queue_lib.GroupQueue,
+  checkpointer: checkpoint_lib.Checkpointer,
+  stop: StopSignal,
+  *,
+  steps: int,
+  publish: Callable[[types.WeightsVersion], None],
+  evaluate: Callable[[int], None],
+  record: Callable[[int, Mapping[str, Any]], None],
+) -> None:
+  """Trains until `steps` steps are taken or a stop is requested.
+
+  Either way the last state is checkpointed when this returns.
+
+  Args:
+    trainer: at its first step, or restored.
+    queue: where the groups come from, restored to the same step.
+    checkpointer: where checkpoints go.
+    stop: entered by the caller.
+    steps: trainer steps of the whole run, those before a restart included.
+    publish: gives an engine the new weights; must copy them.
+    evaluate: called after each step with the step number.
+    record: called after each step with its number and metrics.
+  """
+  saved = checkpointer.latest_step
+  while trainer.step < steps and not stop.requested:
+    started = time.perf_counter()
+    try:
+      with stop.interruptible():
+        groups = queue.take(trainer.config.groups_per_step)
+    except Interrupted:
+      break
+    taken = time.perf_counter()
+    metrics = dict(trainer.take_step(groups))
+    trained = time.perf_counter()
+    publish(trainer.weights())
+    metrics[names.TIME_ROLLOUT_WAIT] = taken - started
+    metrics[names.TIME_TRAIN] = trained - taken
+    metrics[names.TIME_STEP] = time.perf_counter() - started
+    evaluate(trainer.step)
+    queue.commit(trainer.step)
+    record(trainer.step, metrics)
+    if checkpointer.due(trainer.step):
+      save(trainer, queue, checkpointer)
+      saved = trainer.step
+  if saved != trainer.step:
+    save(trainer, queue, checkpointer)
+
+
+def save(
+  trainer: trainer_lib.Trainer,
+  queue: queue_lib.GroupQueue,
+  checkpointer: checkpoint_lib.Checkpointer,
+) -> None:
+  """Checkpoints the trainer's state with the pool's cursor."""
+  host = {"step": trainer.step, "queue": queue.state()}
+  checkpointer.save(trainer.step, trainer.state, host)
+
+
+def restore(
+  trainer: trainer_lib.Trainer,
+  queue: queue_lib.GroupQueue,
+  checkpointer: checkpoint_lib.Checkpointer,
+) -> bool:
+  """Continues from the newest checkpoint; False: there is none."""
+  if checkpointer.latest_step is None:
+    return False
+  state, host = checkpointer.restore(trainer.state)
+  trainer.restore(host["step"], state)
+  queue.restore(host["queue"])
+  return True

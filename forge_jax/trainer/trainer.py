@@ -1,0 +1,166 @@
+"""The trainer: takes groups, credits, packs, updates; publishes weights.
+
+Invariants:
+  - `step` counts trainer steps taken; the weights' version is `step`.
+  - A step takes its groups in submission order and makes `minibatches`
+    updates, each normalised by its own groups' response tokens.
+  - After `step(groups)` returns, the state is that of step + 1 and the old
+    one's buffers are gone: published weights must be copies.
+"""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from forge_jax import errors, types
+from forge_jax.observe import names
+from forge_jax.trainer import credit, update
+from forge_jax.tree import pack as pack_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainerConfig:
+  """What one trainer step is."""
+
+  groups_per_step: int = 8
+  minibatches: int = 2  # optimizer updates of a step
+
+  def __post_init__(self):
+    if self.groups_per_step % self.minibatches:
+      raise errors.ConfigError(
+        f"minibatches={self.minibatches} does not divide "
+        f"groups_per_step={self.groups_per_step}"
+      )
+
+
+class Trainer:
+  """Holds the training state and takes steps."""
+
+  def __init__(
+    self,
+    updater: update.Updater,
+    config: TrainerConfig,
+    credit_config: credit.CreditConfig,
+    pack_config: pack_lib.PackConfig,
+    *,
+    vocab_size: int,
+  ):
+    """A trainer at step 0 with the updater's initial state."""
+    self.config = config
+    self.step = 0
+    self.state = updater.initial_state()
+    self._updater = updater
+    self._credit = credit_config
+    self._pack = pack_config
+    self._vocab_size = vocab_size
+
+  def weights(self) -> types.WeightsVersion:
+    """The current weights; copy them before the next step."""
+    return types.WeightsVersion(self.step, params=self.state.params)
+
+  def restore(self, step: int, state: update.TrainState) -> None:
+    """Continues from a checkpoint."""
+    self.step, self.state = step, state
+
+  def take_step(self, groups: Sequence[types.Group]) -> dict[str, Any]:
+    """One trainer step.
+
+    Args:
+      groups: `groups_per_step` groups.
+
+    Returns:
+      Metrics by name; values may still be computing on the device.
+
+    Raises:
+      SampleError: a group holds a malformed completion.
+    """
+    groups = sorted(groups, key=lambda group: group.index)
+    size = len(groups) // self.config.minibatches
+    parts = [groups[i : i + size] for i in range(0, len(groups), size)]
+    sums, norms, credits, packs = None, [], [], []
+    data_seconds = 0.0
+    for i, part in enumerate(parts):
+      started = time.perf_counter()
+      samples, stats = credit.assign_credit(part, self._credit)
+      credits.append(stats)
+      batches, pack_stats = pack_lib.pack(
+        samples, self._pack, vocab_size=self._vocab_size
+      )
+      packs.append(pack_stats)
+      data_seconds += time.perf_counter() - started
+      if not samples:
+        continue  # every advantage is 0: there is no gradient
+      gradient = self._updater.zero_gradient(self.state)
+      # Only the first update starts from the weights of version `step`.
+      version = self.step if i == 0 else -1
+      for batch in batches:
+        gradient, new = self._updater.accumulate(
+          self.state, gradient, batch, version
+        )
+        sums = new if sums is None else update.merge_sums(sums, new)
+      self.state, norm = self._updater.apply(self.state, gradient)
+      norms.append(norm)
+    jax.block_until_ready(self.state)
+    metrics = _host_metrics(groups, self.step, credits, packs)
+    if sums is not None:
+      metrics |= _loss_metrics(sums, len(norms))
+      metrics[names.TRAIN_GRAD_NORM] = sum(norms) / len(norms)
+    metrics[names.TIME_DATA] = data_seconds
+    self.step += 1
+    return metrics
+
+
+def _host_metrics(
+  groups: Sequence[types.Group],
+  step: int,
+  credits: Sequence[credit.CreditStats],
+  packs: Sequence[pack_lib.PackStats],
+) -> dict[str, float]:
+  """What is known without the device."""
+  packed = sum(packs[1:], packs[0])
+  versions = [
+    completion.versions
+    for group in groups
+    for episode in group.episodes
+    for completion in episode.completions
+  ]
+  lag = step - np.concatenate([*versions, np.full(1, step)])
+  share = [c.episodes / sum(c.episodes for c in credits) for c in credits]
+
+  def mean(name: str) -> float:
+    values = [getattr(c, name) for c in credits]
+    return float(np.dot(share, values))
+
+  return {
+    names.TRAIN_REWARD: mean("mean_reward"),
+    names.TRAIN_SUCCESS: mean("success_rate"),
+    names.TRAIN_SAMPLES: sum(c.samples for c in credits),
+    names.TRAIN_RESPONSE_TOKENS: sum(c.response_tokens for c in credits),
+    names.TREE_REQUEST_TOKENS: packed.request_tokens,
+    names.TREE_UNIQUE_TOKENS: packed.unique_tokens,
+    names.TREE_MERGE_RATIO: packed.merge_ratio,
+    names.TREE_FILL: packed.fill,
+    # The one appended token of lag 0 keeps a batch without tokens defined.
+    names.LAG_MEAN: float(lag.sum()) / max(len(lag) - 1, 1),
+    names.LAG_MAX: int(lag.max()),
+  }
+
+
+def _loss_metrics(sums: Mapping[str, Any], updates: int) -> dict[str, Any]:
+  """Means over the trained tokens, from sums on the device."""
+  count = sums["count"]
+  # Where no token was sampled from exactly these weights, 0 / 1.
+  same = sums["same_version"] + (sums["same_version"] == 0)
+  return {
+    names.TRAIN_LOSS: sums["loss"] / updates,
+    names.TRAIN_ENTROPY: sums["entropy"] / count,
+    names.RATIO_MEAN: sums["ratio"] / count,
+    names.RATIO_MAX: sums["ratio_max"],
+    names.RATIO_CLIPPED: sums["clipped"] / count,
+    names.MISMATCH_MEAN: sums["mismatch"] / same,
+    names.MISMATCH_MAX: sums["mismatch_max"],
+  }

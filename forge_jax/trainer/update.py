@@ -1,0 +1,236 @@
+"""The device side of a trainer step: gradients of packs, then one update.
+
+Two jitted functions at static shapes: `accumulate` adds the gradient of one
+device batch of packs to a buffer, `apply` turns the buffer into an optimizer
+update. The loss is a sum over rows whose weights carry the normaliser, so a
+step may be spread over any number of device batches.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+import optax
+
+from forge_jax import types
+from forge_jax.algo import cispo
+from forge_jax.model import decoder as decoder_lib
+from forge_jax.model import sharding
+from forge_jax.tree import attention as tree_attention
+from forge_jax.tree import unmerge
+
+
+@dataclasses.dataclass(frozen=True)
+class UpdateConfig:
+  """The optimizer and the loss.
+
+  Optimizer defaults are M1's (arXiv 2506.13585, section 4.1) but for the
+  learning rate, which depends on the model.
+  """
+
+  learning_rate: float = 2e-5
+  warmup_updates: int = 0  # linear, from 0
+  b1: float = 0.9
+  b2: float = 0.95
+  eps: float = 1e-15
+  weight_decay: float = 0.0
+  clip_norm: float = 1.0
+  ratio_min: float = 0.0
+  ratio_max: float = 5.0
+  attention: str = "xla"  # implementation of tree attention
+  block: int = 128  # tokens of an attention block
+  head_chunk: int = 256  # edges whose logits exist at a time
+  remat: bool = False
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+  """What a step changes and a checkpoint holds."""
+
+  params: nnx.State
+  opt_state: optax.OptState
+
+
+def make_optimizer(config: UpdateConfig) -> optax.GradientTransformation:
+  """AdamW behind global-norm clipping."""
+  rate = optax.linear_schedule(
+    0.0 if config.warmup_updates else config.learning_rate,
+    config.learning_rate,
+    max(config.warmup_updates, 1),
+  )
+  return optax.chain(
+    optax.clip_by_global_norm(config.clip_norm),
+    optax.adamw(
+      rate,
+      b1=config.b1,
+      b2=config.b2,
+      eps=config.eps,
+      weight_decay=config.weight_decay,
+    ),
+  )
+
+
+def merge_sums(
+  a: Mapping[str, jax.Array], b: Mapping[str, jax.Array]
+) -> dict[str, jax.Array]:
+  """Metric sums of two device batches together; `*_max` are maxima."""
+  return {
+    name: jnp.maximum(a[name], b[name])
+    if name.endswith("_max")
+    else a[name] + b[name]
+    for name in a
+  }
+
+
+class Updater:
+  """The jitted functions of a step, for one decoder, config and mesh."""
+
+  def __init__(
+    self, decoder: decoder_lib.Decoder, config: UpdateConfig, mesh: Mesh
+  ):
+    """Splits the decoder over the mesh; `initial_state` returns its weights.
+
+    Raises:
+      ConfigError: the mesh does not divide the model.
+    """
+    sharding.check_divisible(decoder.config, mesh)
+    self.config = config
+    self.mesh = mesh
+    self.traces = 0  # of `accumulate`, for tests
+    self._graph, self._params = nnx.split(decoder)
+    self._optimizer = make_optimizer(config)
+    self._accumulate = jax.jit(self._accumulate_fn, donate_argnums=(1,))
+    self._apply = jax.jit(self._apply_fn, donate_argnums=(0,))
+    self._zeros = jax.jit(lambda tree: jax.tree.map(jnp.zeros_like, tree))
+
+  def initial_state(self) -> TrainState:
+    """The decoder's weights and a fresh optimizer, placed on the mesh.
+
+    May be called once: the weights move into the state, which is donated from
+    update to update.
+    """
+    params = sharding.place(self._params, self.mesh)
+    self._params = None
+    opt_state = jax.jit(self._optimizer.init)(params)
+    return TrainState(params, sharding.place(opt_state, self.mesh))
+
+  def decoder(self, state: TrainState) -> decoder_lib.Decoder:
+    """The decoder with a state's weights; shares their buffers."""
+    return nnx.merge(self._graph, state.params)
+
+  def zero_gradient(self, state: TrainState) -> nnx.State:
+    """An empty gradient buffer."""
+    return self._zeros(state.params)
+
+  def accumulate(
+    self,
+    state: TrainState,
+    gradient: nnx.State,
+    batch: types.PackedBatch,
+    version: int,
+  ) -> tuple[nnx.State, dict[str, jax.Array]]:
+    """Adds a device batch's gradient to a buffer, which is donated.
+
+    Args:
+      state: current weights.
+      gradient: buffer to add to.
+      batch: packs; B must be a multiple of the mesh's data axes.
+      version: the weights' version, or -1 when no token was sampled from
+        exactly these weights; selects the tokens of the mismatch figures.
+
+    Returns:
+      The buffer and the batch's metric sums, float32 scalars; see `merge_sums`.
+    """
+    batch = jax.device_put(batch, sharding.batch_sharding(self.mesh))
+    return self._accumulate(state.params, gradient, batch, jnp.int32(version))
+
+  def apply(
+    self, state: TrainState, gradient: nnx.State
+  ) -> tuple[TrainState, jax.Array]:
+    """One optimizer update; donates the state. Also returns the gradient norm."""
+    return self._apply(state, gradient)
+
+  def _apply_fn(self, state, gradient):
+    updates, opt_state = self._optimizer.update(
+      gradient, state.opt_state, state.params
+    )
+    params = optax.apply_updates(state.params, updates)
+    return TrainState(params, opt_state), optax.global_norm(gradient)
+
+  def _accumulate_fn(self, params, gradient, batch, version):
+    self.traces += 1
+    (_, sums), grads = jax.value_and_grad(self._loss, has_aux=True)(
+      params, batch, version
+    )
+    return jax.tree.map(jnp.add, gradient, grads), sums
+
+  def _loss(self, params, batch: types.PackedBatch, version):
+    """Loss (a sum over rows) and metric sums of a device batch."""
+    logprob_BM, entropy_BE = self.row_logprobs(params, batch)
+    loss, sums = cispo.cispo_loss(
+      logprob_BM,
+      batch.old_logprob_BM,
+      batch.advantage_BM,
+      batch.weight_BM,
+      ratio_min=self.config.ratio_min,
+      ratio_max=self.config.ratio_max,
+    )
+    error_BM = jnp.abs(logprob_BM - batch.old_logprob_BM)
+    same_BM = (batch.version_BM == version) & (batch.weight_BM != 0)
+    error_BM = jnp.where(same_BM, error_BM, 0.0)
+    entropy_BM = jnp.take_along_axis(entropy_BE, batch.row_edge_BM, axis=1)
+    sums |= {
+      "entropy": jnp.where(batch.weight_BM != 0, entropy_BM, 0.0).sum(),
+      "mismatch": error_BM.sum(),
+      "mismatch_max": error_BM.max(),
+      "same_version": same_BM.sum(),
+      "loss": loss,
+    }
+    return loss, jax.tree.map(jax.lax.stop_gradient, sums)
+
+  def row_logprobs(
+    self, params: nnx.State, batch: types.PackedBatch
+  ) -> tuple[jax.Array, jax.Array]:
+    """Log-probabilities [B, M] of the rows and entropies [B, E] in nats."""
+    decoder = nnx.merge(self._graph, params)
+    hidden_BTD = decoder.hidden(
+      batch.tokens_BT,
+      batch.position_BT,
+      self._attend(batch.layout),
+      remat=self.config.remat,
+    )
+    logprob_BE, entropy_BE = unmerge.edge_logprobs(
+      hidden_BTD,
+      batch.edge_parent_BE,
+      batch.edge_token_BE,
+      decoder.logits,
+      chunk=self.config.head_chunk,
+    )
+    return unmerge.row_logprobs(logprob_BE, batch.row_edge_BM), entropy_BE
+
+  def _attend(self, layout: types.TreeLayout):
+    """Tree attention, each device on its own packs and heads."""
+    heads = P(sharding.BATCH_AXES, None, "tensor")
+
+    def attend(q, k, v):
+      return jax.shard_map(
+        lambda q, k, v, layout: tree_attention.tree_attention(
+          q,
+          k,
+          v,
+          layout,
+          block=self.config.block,
+          implementation=self.config.attention,
+        ),
+        mesh=self.mesh,
+        in_specs=(heads, heads, heads, P(sharding.BATCH_AXES)),
+        out_specs=heads,
+        check_vma=False,
+      )(q, k, v, layout)
+
+    return attend

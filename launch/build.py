@@ -1,0 +1,156 @@
+"""From an experiment's configuration to the components of a run."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+from forge_jax import errors, paths, settings
+from forge_jax.agents import react
+from forge_jax.engine import engine as engine_lib
+from forge_jax.gateway import server
+from forge_jax.gateway import tokenizer as tokenizer_lib
+from forge_jax.model import decoder as decoder_lib
+from forge_jax.model import files, sharding
+from forge_jax.observe import metrics as metrics_lib
+from forge_jax.pool import windowed_fifo
+from forge_jax.rollout import evaluation, host
+from forge_jax.tasks import base as tasks_base
+from forge_jax.tasks import mixture, word_problems
+from forge_jax.trainer import checkpoint, credit, trainer, update
+from forge_jax.tree import pack
+from launch import services
+
+_DOMAINS = {
+  "word_problems": (
+    word_problems.WordProblems,
+    word_problems.WordProblemsConfig,
+  ),
+}
+_SECTIONS = {
+  "agent": react.ReactConfig,
+  "checkpoint": checkpoint.CheckpointConfig,
+  "credit": credit.CreditConfig,
+  "engine": engine_lib.EngineConfig,
+  "eval": evaluation.EvalConfig,
+  "gateway": server.GatewayConfig,
+  "mesh": sharding.MeshConfig,
+  "observe": metrics_lib.ObserveConfig,
+  "pack": pack.PackConfig,
+  "trainer": trainer.TrainerConfig,
+  "update": update.UpdateConfig,
+}
+_TOP = {"name", "question", "seed", "steps", "model", "domains", "rollout"}
+
+
+class Blueprint:
+  """Every component's dataclass, checked, and how to build the components."""
+
+  def __init__(self, values: Mapping[str, Any]):
+    """Reads a resolved configuration.
+
+    Raises:
+      ConfigError: an unknown section or key, or a value that cannot work.
+    """
+    known = _TOP | _SECTIONS.keys()
+    for key in (values.keys() | known) - (values.keys() & known):
+      state = "unknown" if key in values else "missing"
+      raise errors.ConfigError(f"config.{key} is {state}")
+    self.values = values
+    self.name, self.question = values["name"], values["question"]
+    self.seed, self.steps = values["seed"], values["steps"]
+    if self.steps < 1:
+      raise errors.ConfigError(
+        f"config.steps={self.steps}; expected at least 1"
+      )
+    self.parts = {
+      name: settings.section(cls, values[name], name)
+      for name, cls in _SECTIONS.items()
+    }
+    self.eval: evaluation.EvalConfig = self.parts["eval"]
+    groups = self.parts["trainer"].groups_per_step
+    window, rollout = settings.split(
+      values["rollout"], windowed_fifo.WindowConfig
+    )
+    self.window = settings.section(
+      windowed_fifo.WindowConfig,
+      window,
+      "rollout",
+      groups_per_step=groups,
+      total=self.steps * groups,
+    )
+    self.rollout = settings.section(
+      host.RolloutConfig, rollout, "rollout", seed=self.seed
+    )
+    self._build_domains(values["domains"])
+
+  def mixture(self) -> mixture.TaskMixture:
+    """The training tasks."""
+    return mixture.TaskMixture(self.domains, self._weights, "train", self.seed)
+
+  def load_decoder(self) -> decoder_lib.Decoder:
+    """Reads the model.
+
+    Raises:
+      CheckpointError: it is missing or malformed.
+    """
+    model = self.values["model"]
+    config, params = files.read_model(model["path"])
+    return decoder_lib.Decoder.from_params(
+      config, params, dtype=jnp.dtype(model["dtype"])
+    )
+
+  def updater(self, decoder: decoder_lib.Decoder) -> update.Updater:
+    """The jitted functions of a step, on the configured mesh."""
+    mesh = sharding.make_mesh(self.parts["mesh"])
+    return update.Updater(decoder, self.parts["update"], mesh)
+
+  def trainer(
+    self, updater: update.Updater, vocab_size: int
+  ) -> trainer.Trainer:
+    """A trainer at step 0."""
+    return trainer.Trainer(
+      updater,
+      self.parts["trainer"],
+      self.parts["credit"],
+      self.parts["pack"],
+      vocab_size=vocab_size,
+    )
+
+  def services(
+    self, decoder: decoder_lib.Decoder, version: int
+  ) -> services.Services:
+    """Engine, gateway and agent around a decoder's weights."""
+    tokenizer = tokenizer_lib.load_tokenizer(
+      paths.resolve_model_path(self.values["model"]["path"])
+    )
+    engine = engine_lib.JaxEngine(
+      decoder,
+      self.parts["engine"],
+      decode_text=tokenizer.decode,
+      version=version,
+    )
+    return services.Services(
+      engine,
+      tokenizer,
+      self.parts["gateway"],
+      self.parts["agent"],
+      self.rollout,
+      self.domains,
+    )
+
+  def _build_domains(self, sections: Mapping[str, Mapping[str, Any]]) -> None:
+    self.domains: dict[str, tasks_base.Domain] = {}
+    self._weights: dict[str, float] = {}
+    for name, values in sections.items():
+      if name not in _DOMAINS:
+        raise errors.ConfigError(
+          f"config.domains.{name} is unknown; known: {sorted(_DOMAINS)}"
+        )
+      domain, config = _DOMAINS[name]
+      own, rest = settings.split(values, config)
+      self._weights[name] = rest.pop("weight", 1.0)
+      section = settings.section(
+        config, own | rest, f"domains.{name}", seed=self.seed
+      )
+      self.domains[name] = domain(section)

@@ -1,0 +1,39 @@
+"""What every absl main shares: errors that a user is meant to read."""
+
+from collections.abc import Callable, Sequence
+import sys
+
+from absl import app
+
+from forge_jax import errors
+
+
+def guarded(
+  main: Callable[[Sequence[str]], None],
+) -> Callable[[Sequence[str]], None]:
+  """A main whose boundary errors end as one line and exit status 1."""
+
+  def run(argv: Sequence[str]) -> None:
+    if len(argv) > 1:
+      fail(errors.ConfigError(f"unexpected arguments: {' '.join(argv[1:])}"))
+    try:
+      main(argv)
+    except errors.ForgeError as e:
+      fail(e)
+
+  return run
+
+
+def parse_flags(argv: Sequence[str]) -> Sequence[str]:
+  """Parses flags; a misspelt configuration key ends as one line."""
+  try:
+    return app.parse_flags_with_usage(list(argv))
+  except (AttributeError, KeyError, TypeError) as e:
+    text = str(e).replace("\\n", " ").replace("\n", " ").strip("\"'")
+    fail(errors.ConfigError(f"a --config override cannot be applied: {text}"))
+
+
+def fail(error: errors.ForgeError) -> None:
+  """Prints an error on one line and exits with status 1."""
+  print(f"{type(error).__name__}: {error}", file=sys.stderr)
+  sys.exit(1)

@@ -1,0 +1,174 @@
+"""A whole run in one process: trains, evaluates, reports.
+
+The trainer is on the main thread, the engine on its own, gateway, agents and
+host on an asyncio loop. The working directory holds:
+
+  config.json         the resolved configuration; a continued run must agree
+  pool/               every completed group, durable
+  checkpoints/        Orbax checkpoints
+  metrics.jsonl       a line of metrics per step; tensorboard/ holds the same
+  evaluations.jsonl   a line per evaluation, with its episodes
+  summary.json, report.html, curve.svg    written when the run ends
+"""
+
+from collections.abc import Mapping
+import contextlib
+import json
+import pathlib
+import time
+from typing import Any
+
+from forge_jax import errors, settings
+from forge_jax.observe import metrics as metrics_lib
+from forge_jax.pool import queue as queue_lib
+from forge_jax.pool import store as store_lib
+from forge_jax.trainer import checkpoint, loop
+from forge_jax.trainer import trainer as trainer_lib
+from launch import build, journal
+from launch import recorder as recorder_lib
+from launch import services as services_lib
+
+# What a continued run may change.
+_MAY_DIFFER = ("steps:", "question:", "checkpoint.", "eval.", "observe.")
+
+
+class LocalRun:
+  """One run in a working directory."""
+
+  def __init__(self, values: Mapping[str, Any], workdir: str):
+    """Checks the configuration; builds nothing yet.
+
+    Raises:
+      ConfigError: a key or value that cannot work, or a working directory
+        that holds a run of another configuration.
+    """
+    self._started = time.monotonic()
+    self._values = json.loads(json.dumps(values))
+    self._plan = build.Blueprint(values)
+    self._workdir = pathlib.Path(workdir).absolute()
+    self._check_workdir()
+
+  def train(self) -> None:
+    """Trains to the configured step and reports, or stops at Ctrl-C."""
+    plan = self._plan
+    self._workdir.mkdir(parents=True, exist_ok=True)
+    journal.write_atomically(
+      self._workdir / "config.json", json.dumps(self._values, indent=2) + "\n"
+    )
+    with contextlib.ExitStack() as stack:
+      stop = stack.enter_context(loop.StopSignal())
+      store = stack.enter_context(
+        store_lib.DataPool.open(self._workdir / "pool")
+      )
+      checkpointer = checkpoint.Checkpointer(
+        self._workdir, plan.parts["checkpoint"]
+      )
+      stack.callback(checkpointer.close)
+      decoder = plan.load_decoder()
+      updater = plan.updater(decoder)
+      trainer = plan.trainer(updater, decoder.config.vocab_size)
+      del decoder  # its buffers now belong to the trainer's state
+      queue = queue_lib.GroupQueue(store, plan.window)
+      stack.callback(queue.close)
+      loop.restore(trainer, queue, checkpointer)
+      services = plan.services(updater.decoder(trainer.state), trainer.step)
+      with recorder_lib.Recorder(
+        plan, self._workdir, trainer.step, self._started
+      ) as recorder:
+        recorder.display.note("starting the engine")
+        stack.enter_context(services)
+        recorder.watch(services, queue)
+        self._run(trainer, queue, checkpointer, stop, services, recorder)
+        if trainer.step >= plan.steps:
+          self._finish(recorder, trainer.step)
+        else:
+          recorder.display.note(
+            f"stopped at step {trainer.step} of {plan.steps} with a "
+            "checkpoint; the same command continues"
+          )
+
+  def _run(
+    self,
+    trainer: trainer_lib.Trainer,
+    queue: queue_lib.GroupQueue,
+    checkpointer: checkpoint.Checkpointer,
+    stop: loop.StopSignal,
+    services: services_lib.Services,
+    recorder: recorder_lib.Recorder,
+  ) -> None:
+    plan = self._plan
+
+    def evaluate(step: int) -> None:
+      with contextlib.suppress(loop.Interrupted), stop.interruptible():
+        if step in (0, plan.steps):
+          recorder.evaluate(services, step, "heldout", plan.eval.heldout)
+          recorder.evaluate(services, step, "phrasings", plan.eval.phrasings)
+        elif plan.eval.every and step % plan.eval.every == 0:
+          recorder.evaluate(services, step, "heldout", plan.eval.during)
+        recorder.metrics.flush()
+
+    if trainer.step in (0, plan.steps):
+      evaluate(trainer.step)
+    if trainer.step < plan.steps and not stop.requested:
+      services.start_host(plan.mixture(), queue)
+      recorder.display.note("training")
+    loop.train(
+      trainer,
+      queue,
+      checkpointer,
+      stop,
+      steps=plan.steps,
+      publish=services.engine.update_weights,
+      evaluate=evaluate,
+      record=recorder.record_step,
+    )
+
+  def _finish(self, recorder: recorder_lib.Recorder, steps: int) -> None:
+    """Writes the summary and the report, prints the table."""
+    plan, evaluations = self._plan, recorder.evaluations
+    recorder.metrics.flush()
+    found = {
+      f"{split}_{when}": evaluations.find(step, split, count)
+      for split, count in (
+        ("heldout", plan.eval.heldout),
+        ("phrasings", plan.eval.phrasings),
+      )
+      for when, step in (("before", 0), ("after", steps))
+    }
+    summary = {key: journal.success(row) for key, row in found.items()} | {
+      "steps": steps,
+      "seed": plan.seed,
+      "seconds": round(recorder.elapsed(), 1),
+      "peak_rss_gb": round(recorder_lib.peak_rss_gb(), 3),
+      "versions": journal.versions(),
+    }
+    summary |= dict(recorder.training_yield.values())
+    journal.write(
+      self._workdir,
+      name=plan.name,
+      question=plan.question,
+      summary=summary,
+      metrics=list(metrics_lib.read_jsonl(self._workdir / "metrics.jsonl")),
+      evaluations=evaluations,
+      example_episodes=journal.examples(
+        found["heldout_before"], found["heldout_after"]
+      ),
+      config=self._values,
+    )
+    recorder.finish(summary, self._workdir / "report.html")
+
+  def _check_workdir(self) -> None:
+    path = self._workdir / "config.json"
+    if not path.exists():
+      return
+    old = json.loads(path.read_text(encoding="utf-8"))
+    differ = [
+      line
+      for line in settings.differences(old, self._values)
+      if not line.startswith(_MAY_DIFFER)
+    ]
+    if differ:
+      raise errors.ConfigError(
+        f"{self._workdir} holds a run of another configuration "
+        f"({'; '.join(differ)}); give a new --workdir"
+      )
