@@ -136,10 +136,8 @@ def pack(
       item.sample.name,
     )
   )
-  shared = [0] + [
-    merge.common_prefix(a.inputs, b.inputs)
-    for a, b in itertools.pairwise(items)
-  ]
+  inputs = [np.empty(0, np.int32), *(item.inputs for item in items)]
+  shared = [merge.common_prefix(*pair) for pair in itertools.pairwise(inputs)]
   packs = [_lay_out(run, config) for run in _runs(items, shared, config)]
   stats = _stats(items, shared, packs, config)
   size = config.packs
