@@ -26,12 +26,16 @@ def speed(seconds_G: np.ndarray, success_G: np.ndarray) -> np.ndarray:
 
 
 def cap_total(rewards_S: np.ndarray, cap: float) -> np.ndarray:
-  """Steps' rewards [S] whose running total stays within [-cap, cap].
+  """Steps' rewards [S], cut so that their running total stays within the cap.
 
-  A component is capped per episode: more steps cannot collect more of it.
+  A component is capped per episode: more steps cannot collect more of it, and
+  what was cut off makes up for no later penalty.
   """
-  total_S = np.clip(np.cumsum(rewards_S), -cap, cap)
-  return np.diff(total_S, prepend=0.0)
+  capped_S, total = np.zeros(len(rewards_S)), 0.0
+  for t, reward in enumerate(rewards_S):
+    new = min(max(total + reward, -cap), cap)
+    capped_S[t], total = new - total, new
+  return capped_S
 
 
 def combine(
