@@ -7,7 +7,6 @@ no tokens, no sampling values, no seeds. Those are the session's business.
 import dataclasses
 from typing import Any
 
-import httpx
 import openai
 
 from forge_jax import types
@@ -15,7 +14,7 @@ from forge_jax.agents import base
 from forge_jax.tasks import base as tasks_base
 
 # The rollout host's deadline ends an episode; the client must not, before it.
-_TIMEOUT = httpx.Timeout(3600.0, connect=60.0)
+_TIMEOUT = openai.Timeout(3600.0, connect=60.0)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -31,13 +30,20 @@ class ReactAgent:
   def __init__(
     self,
     config: ReactConfig | None = None,
-    http: httpx.AsyncClient | None = None,
+    http: openai.DefaultAsyncHttpxClient | None = None,
   ):
-    """Prepares the agent; a given `http` stays its owner's to close."""
+    """Prepares the agent.
+
+    Args:
+      config: its limits.
+      http: any HTTP client that `openai` takes, still its owner's to close;
+        by default the agent has one of its own.
+    """
     self._config = config or ReactConfig()
-    self._http = http or httpx.AsyncClient(
-      timeout=_TIMEOUT,
-      limits=httpx.Limits(max_connections=None, max_keepalive_connections=256),
+    # aiohttp's transport stays fast with many connections at once. A proxy in
+    # the environment is for the way out, not for the way to a gateway.
+    self._http = http or openai.DefaultAioHttpClient(
+      timeout=_TIMEOUT, trust_env=False
     )
     self._owns_http = http is None
     # A client per episode would build connections anew: each takes a copy.

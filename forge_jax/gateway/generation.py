@@ -175,7 +175,7 @@ class Generation:
       temperature=pick(turn.temperature, "temperature"),
       top_k=int(defaults.get("top_k", 0)),
       top_p=pick(turn.top_p, "top_p"),
-      seed=self.plan.seed if turn.seed is None else turn.seed,
+      seed=self.plan.seed if turn.seed is None else turn.seed % 2**31,
       stop_token_ids=self._renderer.stop_token_ids,
       stop_strings=turn.stop,
     )

@@ -1,7 +1,18 @@
 """The gateway: an HTTP server between agents and a rollout engine.
 
 Agents speak a completion protocol and never hear of tokens; what was sampled is
-recorded in the session that their key names. Invariants:
+recorded in the session that their key names.
+
+  POST /v1/chat/completions          session by Authorization: Bearer <key>
+  POST /s/<key>/v1/chat/completions  session by URL
+  GET  /v1/models, GET /health
+  POST /admin/sessions               {id, seed, sampling} -> {id, api_key}
+  GET  /admin/sessions/<id>          counts
+  GET  /admin/sessions/<id>/forest   the captured forest so far
+  POST /admin/sessions/<id>/rewards  {rewards: [...]}
+  POST /admin/sessions/<id>/close    -> {completions: [...], rewards: [...]}
+
+Invariants:
   1. A request is served only under the key of an open session; admin routes
      only under the admin token. Keys are looked up by digest and the token
      compared in constant time; neither is ever logged.
@@ -268,7 +279,7 @@ class Gateway:
     return self._sessions[id]
 
   def _check_admin(self, request: web.Request) -> None:
-    given, token = _bearer(request).encode(), self.admin_token.encode()
+    given, token = _key_digest(_bearer(request)), _key_digest(self.admin_token)
     if not hmac.compare_digest(given, token):
       raise refusal.Refusal(
         "the admin token is missing or wrong",
@@ -289,6 +300,8 @@ async def _errors(
     failure: Exception = refusal.Refusal(error.reason, status=error.status)
   except ConnectionResetError:
     raise
+  except RecursionError:
+    failure = refusal.Refusal("the body is nested too deeply")
   except Exception as error:  # the boundary of a request
     failure = error
   status, body = openai_chat.error(failure)
@@ -302,9 +315,12 @@ async def _errors(
 async def _json(request: web.Request) -> Any:
   body = await request.read()
   try:
-    return json.loads(body)
+    value = json.loads(body)
+    if b"\\ud" in body.lower():  # escapes can spell what is no text
+      json.dumps(value, ensure_ascii=False).encode()
   except (ValueError, RecursionError) as error:
     raise refusal.Refusal(f"the body is not JSON: {error}") from error
+  return value
 
 
 def _opening(body: Any) -> tuple[str, int, dict[str, float]]:
@@ -345,7 +361,7 @@ def _bearer(request: web.Request) -> str:
 
 
 def _key_digest(key: str) -> bytes:
-  return hashlib.sha256(key.encode(errors="surrogateescape")).digest()
+  return hashlib.sha256(key.encode(errors="surrogatepass")).digest()
 
 
 def _safe_path(request: web.Request) -> str:

@@ -1,3 +1,5 @@
+import hypothesis
+from hypothesis import strategies as st
 import pytest
 
 from forge_jax import errors
@@ -176,3 +178,52 @@ def test_what_a_failure_tells():
   status, body = openai_chat.error(RuntimeError("a secret"))
   assert status == 500
   assert "secret" not in body["error"]["message"]
+
+
+JSON = st.recursive(
+  st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+  lambda inner: (
+    st.lists(inner, max_size=3)
+    | st.dictionaries(
+      st.sampled_from(
+        [
+          "role",
+          "content",
+          "type",
+          "text",
+          "tool_calls",
+          "function",
+          "name",
+          "arguments",
+          "id",
+          "parameters",
+        ]
+      ),
+      inner,
+      max_size=4,
+    )
+  ),
+  max_leaves=12,
+)
+NAMES = sorted(
+  {*BASE, "n", "seed", "stop", "stream", "stream_options", "temperature"}
+  | {"tool_choice", "tools", "max_tokens", "logprobs", "response_format"}
+)
+
+
+@hypothesis.settings(max_examples=300, deadline=None)
+@hypothesis.given(
+  change=st.dictionaries(st.sampled_from(NAMES), JSON, max_size=3),
+  roles=st.lists(st.sampled_from(["user", "assistant", "tool", "x"])),
+  field=JSON,
+)
+def test_any_json_is_read_or_refused(change, roles, field):
+  messages = [
+    {"role": r, "content": field, "tool_calls": field, "tool_call_id": "1"}
+    for r in roles
+  ]
+  for body in ({**BASE, **change}, {**BASE, "messages": messages}, field):
+    try:
+      openai_chat.parse(body)
+    except refusal.Refusal as refused:
+      assert openai_chat.error(refused)[0] == 400

@@ -437,6 +437,43 @@ async def test_bodies_that_are_not_requests(start, smollm2):
       assert (await response.json())["error"]["message"]
 
 
+async def test_text_that_is_no_unicode(start, smollm2):
+  h = await start(smollm2)
+  keys = await h.open()
+  lone = "\ud800"
+  status, reply = await h.post(keys, {"messages": [user(lone)]})
+  assert status == 400
+  assert "surrogates not allowed" in reply["error"]["message"]
+  h.say("🙂")  # sent as an escaped pair of surrogates, which is text
+  await h.chat(keys, [user("🙂")])
+  assert "🙂" in h.text(h.requests[0].prompt_ids)
+  for header in ("Bearer \udcff\udcfe", "Bearer", "Basic eDp5", ""):
+    async with h.http.post(
+      h.gateway.url + "/admin/sessions", headers={"Authorization": header}
+    ) as response:
+      assert response.status == 401
+
+
+async def test_a_body_that_is_nested_too_deeply(
+  start, tool_tokenizer, calculator
+):
+  h = await start(tool_tokenizer)
+  keys = await h.open()
+  for depth in (300, 600, 900):
+    parameters = json.loads('{"a":' * depth + "1" + "}" * depth)
+    function = {"name": "f", "parameters": parameters}
+    h.replies = [h.ids("fine")]
+    status, _ = await h.post(
+      keys,
+      {
+        "messages": [user("?")],
+        "tools": [{"type": "function", "function": function}],
+      },
+    )
+    assert status in (200, 400)
+  assert not (await h.admin.close_session("s"))[1]
+
+
 async def test_an_engine_that_fails_is_a_500(start, smollm2, caplog):
   h = await start(smollm2)
   keys = await h.open()
