@@ -172,25 +172,23 @@ class Renderer:
       and not self.opens_reasoning(prompt_ids)
     ):
       return Reply(self.decode(ids))
-    parsed = self._family.parse_response(
-      ids, tools=list(tools) or None, prompt_ids=list(prompt_ids)
-    )
-    if parsed.tool_calls:
-      if not tools or any(_is_malformed(c) for c in parsed.tool_calls):
-        content = self.decode(ids)
-        if self._reasons(prompt_ids, ids):
-          content = self._after_reasoning(ids, parsed)
-        return Reply(content, parsed.reasoning_content, malformed=bool(tools))
-      return Reply(
-        content=self._opened_as_sampled(ids, parsed.content).rstrip(),
-        reasoning=parsed.reasoning_content,
-        tool_calls=tuple(
-          ToolCall(c.name, json.dumps(c.arguments, ensure_ascii=False))
-          for c in parsed.tool_calls
-        ),
+    try:
+      parsed = self._family.parse_response(
+        ids, tools=list(tools) or None, prompt_ids=list(prompt_ids)
       )
+    except (ValueError, TypeError, KeyError, RecursionError):
+      # Some parsers fail on what a model in training may well sample.
+      return Reply(self.decode(ids), malformed=bool(tools))
+    calls = [_well_formed(call) for call in parsed.tool_calls]
+    if calls and (not tools or None in calls):
+      content = self.decode(ids)
+      if self._reasons(prompt_ids, ids):
+        content = self._after_reasoning(ids, parsed)
+      return Reply(content, parsed.reasoning_content, malformed=bool(tools))
     content = self._opened_as_sampled(ids, parsed.content)
-    return Reply(content, parsed.reasoning_content)
+    if calls:
+      content = content.rstrip()
+    return Reply(content, parsed.reasoning_content, tuple(calls))
 
   def decode(self, ids: Sequence[int]) -> str:
     """The text of token ids, special tokens included."""
@@ -307,11 +305,20 @@ def _tool_parser(
   return None
 
 
-def _is_malformed(call: renderers.ParsedToolCall) -> bool:
+def _well_formed(call: renderers.ParsedToolCall) -> ToolCall | None:
+  """The call, if it has a name and an object of arguments."""
   # Some parsers mark a call as invalid JSON when an argument is a bare string,
   # which is what its format asks for: what counts is that there is an object.
-  return (
+  if (
     call.status in _BAD_CALLS
+    or not isinstance(call.name, str)
     or not call.name
     or not isinstance(call.arguments, dict)
-  )
+  ):
+    return None
+  arguments = json.dumps(call.arguments, ensure_ascii=False)
+  try:
+    (call.name + arguments).encode()
+  except UnicodeEncodeError:  # JSON can escape what is no text
+    return None
+  return ToolCall(call.name, arguments)

@@ -40,6 +40,12 @@ def play(renderer, tokenizer, tools, said, cuts):
   return prompt, messages
 
 
+def call(name, arguments):
+  return (
+    f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
+  )
+
+
 @SLOW
 @hypothesis.given(said=st.lists(TEXT, min_size=2, max_size=4), data=st.data())
 @pytest.mark.parametrize("which", ["smollm2", "tools"])
@@ -53,12 +59,6 @@ def test_what_the_model_sees_is_the_whole_rendering(request, which, said, data):
   seen, messages = play(renderer, tokenizer, tools, said, cuts)
   whole = renderer.render(messages, tools)
   assert renderer.decode(seen) == renderer.decode(whole)
-
-
-def call(name, arguments):
-  return (
-    f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
-  )
 
 
 @pytest.mark.parametrize("name", ["default", "qwen3"])
@@ -108,6 +108,10 @@ def test_calls_and_results_extend_the_sampled_ids(
     "<tool_call>\nnot JSON\n</tool_call>",
     '<tool_call>\n{"name": "calculate", "arguments": "2+3"}\n</tool_call>',
     '<tool_call>\n{"arguments": {}}\n</tool_call>',
+    call(5, "{}").replace('"5"', "5"),
+    call("calculate", '{"a": "\\ud800"}'),
+    call("calculate", '{"a": ' + "9" * 5000 + "}"),
+    call("calculate", '{"a": ' * 3000 + "1"),
     '<tool_call>\n{"name": "calculate", "arguments": {}}',
     call("calculate", "{}") + "\n<tool_call>\n[]\n</tool_call>",
   ],
