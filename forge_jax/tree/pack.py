@@ -132,7 +132,6 @@ def pack(
   items.sort(
     key=lambda item: (
       merge.sort_key(item.inputs),
-      merge.sort_key(item.sequence),
       item.sample.name,
     )
   )

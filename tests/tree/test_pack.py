@@ -126,6 +126,20 @@ def test_edges_and_rows_also_close_a_pack(name, limit):
   assert stats.packs == {"edges": 2, "rows": 3}[name]
 
 
+def test_edges_of_an_earlier_pack_do_not_count_in_the_next():
+  rng = np.random.default_rng(8)
+  config = dataclasses.replace(CONFIG, edges=3)
+  samples = [
+    sample(f"s{i}", [1], [2, 3, 4, i], rng=rng, weights=weights)
+    for i, weights in enumerate(
+      [[1, 1, 1, 0], [0, 0, 0, 1], [1, 1, 0, 1], [0, 0, 0, 1]]
+    )
+  ]
+  batches, stats = pack.pack(samples, config, vocab_size=VOCAB)
+  assert _recovered(batches) == _original(samples)
+  assert stats.rows == 8 and stats.edges <= 3 * stats.packs
+
+
 def test_samples_without_loss_are_left_out():
   rng = np.random.default_rng(3)
   silent = sample("silent", [1], [2, 3], rng=rng, weights=[0, 0])
