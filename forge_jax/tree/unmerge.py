@@ -44,19 +44,7 @@ def edge_logprobs(
 
   def logprobs(parent_Be, token_Be):
     hidden_BeD = jnp.take_along_axis(hidden_BTD, parent_Be[..., None], axis=1)
-    logits_BeV = head(hidden_BeD)
-    norm_Be = jax.nn.logsumexp(logits_BeV, axis=-1)
-    token_Be1 = jnp.maximum(token_Be, 0)[..., None]
-    chosen_Be = jnp.take_along_axis(logits_BeV, token_Be1, axis=-1)[..., 0]
-    fixed_BeV = lax.stop_gradient(logits_BeV)
-    fixed_Be = lax.stop_gradient(norm_Be)
-    probs_BeV = jnp.exp(fixed_BeV - fixed_Be[..., None])
-    entropy_Be = fixed_Be - (probs_BeV * fixed_BeV).sum(-1)
-    real_Be = token_Be >= 0
-    return (
-      jnp.where(real_Be, chosen_Be - norm_Be, 0.0),
-      jnp.where(real_Be, entropy_Be, 0.0),
-    )
+    return _token_logprobs(head(hidden_BeD), token_Be)
 
   dtype = jax.eval_shape(head, hidden_BTD[:, :1]).dtype
 
@@ -79,6 +67,22 @@ def edge_logprobs(
     x.swapaxes(0, 1).reshape(B, chunks * chunk)[:, :E] for x in pair
   )
   return logprob_BE, entropy_BE
+
+
+def _token_logprobs(logits_BeV, token_Be):
+  """Log-probability of each token and entropy, 0 where the token is -1."""
+  norm_Be = jax.nn.logsumexp(logits_BeV, axis=-1)
+  token_Be1 = jnp.maximum(token_Be, 0)[..., None]
+  chosen_Be = jnp.take_along_axis(logits_BeV, token_Be1, axis=-1)[..., 0]
+  fixed_BeV = lax.stop_gradient(logits_BeV)
+  fixed_Be = lax.stop_gradient(norm_Be)
+  probs_BeV = jnp.exp(fixed_BeV - fixed_Be[..., None])
+  entropy_Be = fixed_Be - (probs_BeV * fixed_BeV).sum(-1)
+  real_Be = token_Be >= 0
+  return (
+    jnp.where(real_Be, chosen_Be - norm_Be, 0.0),
+    jnp.where(real_Be, entropy_Be, 0.0),
+  )
 
 
 def row_logprobs(logprob_BE: jax.Array, row_edge_BM: jax.Array) -> jax.Array:
