@@ -32,11 +32,12 @@ class Linear(nnx.Module):
     self.bias = nnx.Param(jnp.zeros((outputs,))) if bias else None
 
   def __call__(self, x: jnp.ndarray) -> jnp.ndarray:
-    y = x @ self.kernel[...].astype(x.dtype)
+    # As one matrix: on a CPU the kernel's gradient is twice as fast when it
+    # contracts one axis instead of several.
+    y = x.reshape(-1, x.shape[-1]) @ self.kernel[...].astype(x.dtype)
     if self.bias is not None:
-      bias = self.bias[...].astype(x.dtype)
-      y = y + bias.reshape((1,) * (y.ndim - 1) + (-1,))
-    return y
+      y = y + self.bias[...].astype(x.dtype)[None]
+    return y.reshape(*x.shape[:-1], -1)
 
 
 class RMSNorm(nnx.Module):
@@ -129,8 +130,6 @@ class Embed(nnx.Module):
   def logits(self, hidden: jnp.ndarray) -> jnp.ndarray:
     """Logits [..., V] of hidden states [..., D], in at least float32."""
     dtype = jnp.promote_types(hidden.dtype, jnp.float32)
-    return jnp.einsum(
-      "...d,vd->...v",
-      hidden.astype(dtype),
-      self.embedding[...].astype(dtype),
-    )
+    flat = hidden.astype(dtype).reshape(-1, hidden.shape[-1])
+    logits = jnp.einsum("nd,vd->nv", flat, self.embedding[...].astype(dtype))
+    return logits.reshape(*hidden.shape[:-1], -1)

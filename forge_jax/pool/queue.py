@@ -41,6 +41,8 @@ class GroupQueue:
     self._changed = threading.Condition()
     self._waiters: set[_Waiter] = set()
     self._failure: BaseException | None = None
+    self.io_tokens = 0  # made durable by `complete`, each request's own
+    self.io_seconds = 0.0  # spent on it
     self._claimed: collections.deque[list[int]]  # batches, oldest first
     self._gathered: list[int]  # claimed for the batch that `take` waits for
     self.restore({"trained_steps": 0, "head": 0, "beyond": []})
