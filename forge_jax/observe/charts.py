@@ -150,6 +150,8 @@ def _style(ax: axes.Axes, *, percent: bool, log: bool) -> None:
     ax.yaxis.set_minor_formatter(ticker.NullFormatter())
     # Plain text: the mathematical notation would be drawn as outlines.
     ax.yaxis.set_major_formatter(ticker.FuncFormatter(_power))
+  elif not ax.dataLim.intervaly.any():
+    ax.set_ylim(0, 1)  # all zero: not an axis around it
   if percent:
     ax.set_ylim(-0.02, 1.04)
     ax.yaxis.set_major_locator(ticker.FixedLocator([0, 0.25, 0.5, 0.75, 1]))

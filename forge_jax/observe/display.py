@@ -33,6 +33,10 @@ _RATES = (
   ("data", names.THROUGHPUT_DATA),
   ("I/O", names.THROUGHPUT_IO),
 )
+_EVALUATIONS = (
+  ("held-out", names.EVAL_HELDOUT),
+  ("unseen phrasings", names.EVAL_PHRASINGS),
+)
 
 
 class LiveDisplay:
@@ -60,7 +64,8 @@ class LiveDisplay:
     self._values: dict[str, float] = {}
     self._curve: list[float] = []
     self._pace: deque[float] = deque(maxlen=_PACE_STEPS)
-    self._evaluations: list[tuple[int, float, float | None]] = []
+    # By step, then by kind of tasks; the kinds may arrive one by one.
+    self._evaluations: dict[int, dict[str, float]] = {}
     self._notes: deque[str] = deque(maxlen=_NOTES)
     self._live: live.Live | None = None
 
@@ -90,15 +95,13 @@ class LiveDisplay:
     with self._lock:
       self._step = max(self._step, event.step)
       self.update(event.values)
-      evaluated = names.EVAL_HELDOUT in event.values
+      evaluated = {
+        label: event.values[name]
+        for label, name in _EVALUATIONS
+        if name in event.values
+      }
       if evaluated:
-        self._evaluations.append(
-          (
-            event.step,
-            event.values[names.EVAL_HELDOUT],
-            event.values.get(names.EVAL_PHRASINGS),
-          )
-        )
+        self._evaluations.setdefault(event.step, {}).update(evaluated)
       trained = names.TRAIN_REWARD in event.values
       if trained:
         self._steps_seen += 1
@@ -109,7 +112,7 @@ class LiveDisplay:
         if trained:
           self._print(self._line())
         if evaluated:
-          self._print(f"  held-out  {_evaluation(*self._evaluations[-1])}")
+          self._print(f"  greedy  {_evaluation(event.step, evaluated)}")
 
   def update(self, values: Mapping[str, float]) -> None:
     """Takes the newest figures, by the names in observe/names.py."""
@@ -205,14 +208,14 @@ class LiveDisplay:
       ("mismatch", mismatch),
     ]
     if self._evaluations:
-      rows.append(("held-out", self._evaluation_text()))
+      rows.append(("greedy", self._evaluation_text()))
     return rows
 
   def _evaluation_text(self) -> text_lib.Text:
-    shown = self._evaluations[-3:]
-    if len(self._evaluations) > 3:  # the first shows where the run began
-      shown = [self._evaluations[0], *shown[1:]]
-    lines = [_evaluation(*e) for e in shown]
+    steps = list(self._evaluations)
+    if len(steps) > 3:  # the first shows where the run began
+      steps = [steps[0], *steps[-2:]]
+    lines = [_evaluation(step, self._evaluations[step]) for step in steps]
     return text_lib.Text("\n".join(lines), style="bold")
 
   def _line(self) -> str:
@@ -289,13 +292,9 @@ def sparkline(values: Sequence[float], width: int) -> str:
   )
 
 
-def _evaluation(step: int, heldout: float, phrasings: float | None) -> str:
-  text = f"step {step}: {_percent(heldout)}"
-  return (
-    text
-    if phrasings is None
-    else f"{text}, unseen phrasings {_percent(phrasings)}"
-  )
+def _evaluation(step: int, success: Mapping[str, float]) -> str:
+  shares = (f"{label} {_percent(share)}" for label, share in success.items())
+  return f"step {step}: {', '.join(shares)}"
 
 
 def _figure(value: float | None, spec: str) -> str:

@@ -4,7 +4,7 @@ Everything that comes from outside (names, transcripts, configuration) is
 escaped, and the page's own policy forbids it to load or run anything.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import html
 import json
@@ -33,7 +33,8 @@ class RunRecord:
   name: str
   question: str  # what the experiment asks, from its docstring
   # heldout_before, heldout_after, phrasings_before, phrasings_after (0..1),
-  # seconds, peak_rss_gb, steps, seed, versions (by package); None: not known.
+  # seconds, peak_rss_gb, steps, seed, versions (by package), and the figures
+  # "yield/..." of names.py; one that is None or absent is not known.
   summary: Mapping[str, Any]
   metrics: Sequence[Mapping[str, Any]]  # rows of metrics.jsonl
   evaluations: Sequence[Mapping[str, Any]]  # step, heldout, phrasings
@@ -263,6 +264,20 @@ def _facts(record: RunRecord) -> str:
       "Peak memory",
       _optional(summary.get("peak_rss_gb"), lambda gb: f"{gb:.2f} GB"),
     ),
+    (
+      "Sample efficiency",
+      _optional(
+        summary.get(names.YIELD_EFFICIENCY),
+        lambda gain: f"{gain:.3g} held-out success per 1,000 samples",
+      ),
+    ),
+    (
+      "Training yield J",
+      _optional(
+        summary.get(names.YIELD_J),
+        lambda j: f"{j:.3g} (tokens/s x sample efficiency)",
+      ),
+    ),
     *(summary.get("versions") or {}).items(),
   ]
   rows = "".join(
@@ -278,7 +293,7 @@ def _facts(record: RunRecord) -> str:
   )
 
 
-def _optional(value: float | None, show) -> str | None:
+def _optional(value: float | None, show: Callable[[float], str]) -> str | None:
   return None if value is None else show(value)
 
 

@@ -76,3 +76,9 @@ def test_a_file_of_its_own_is_well_formed():
   root = ElementTree.fromstring(charts.standalone(svg))
   assert root.tag == "{http://www.w3.org/2000/svg}svg"
   assert "prefers-color-scheme:dark" in root[0].text
+
+
+def test_zeros_have_an_axis_that_begins_there():
+  svg = charts.line_chart("a", [Series("s", [(1, 0.0), (2, 0.0)], 0)])
+  assert {"0.0", "1.0"} <= set(texts(svg))
+  assert not any("\N{MINUS SIGN}" in text for text in texts(svg))

@@ -65,7 +65,7 @@ def test_the_panel_shows_every_figure():
     "version 3",
     "max 3.1e-05",
     "1:30 elapsed, 3:30 left",
-    "step 0: 36.0%, unseen phrasings 52.0%",
+    "step 0: held-out 36.0%, unseen phrasings 52.0%",
     "a note [with brackets]",
   ):
     assert part in text, f"{part!r} is not in\n{text}"
@@ -75,7 +75,7 @@ def test_the_panel_shows_a_run_that_has_not_begun():
   shown, console, _ = make(terminal=True)
   text = panel_text(shown, console)
   assert "step 0/24" in text and "? left" in text
-  assert "held-out" not in text
+  assert "greedy" not in text
 
 
 def test_the_panel_fits_a_narrow_terminal():
@@ -90,8 +90,17 @@ def test_the_first_and_the_newest_evaluations_stay():
     event = {names.EVAL_HELDOUT: number / 100}
     shown.observe(metrics.StepMetrics(number, 0.0, event))
   text = panel_text(shown, console)
-  assert "step 0: 0.0%" in text and "step 40: 40.0%" in text
+  assert "step 0: held-out 0.0%" in text
+  assert "step 40: held-out 40.0%" in text
   assert "step 30:" in text and "step 10:" not in text
+
+
+def test_evaluations_of_a_step_may_arrive_one_by_one():
+  shown, console, _ = make(terminal=True)
+  for name, share in ((names.EVAL_HELDOUT, 0.9), (names.EVAL_PHRASINGS, 0.8)):
+    shown.observe(metrics.StepMetrics(4, 0.0, {name: share}))
+  text = panel_text(shown, console)
+  assert "step 4: held-out 90.0%, unseen phrasings 80.0%" in text
 
 
 def test_the_terminal_is_redrawn_and_left_clean():
@@ -116,7 +125,7 @@ def test_without_a_terminal_a_step_is_one_line():
   assert len(lines) == 4
   assert lines[0].startswith("step 1/24  reward +0.100  success 20.0%")
   assert lines[1].endswith("0:12 elapsed, 3:40 left")
-  assert lines[2:] == ["  held-out  step 2: 90.0%", "saved [a]"]
+  assert lines[2:] == ["  greedy  step 2: held-out 90.0%", "saved [a]"]
   assert "\x1b" not in console.file.getvalue()
 
 

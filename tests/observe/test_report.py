@@ -57,6 +57,8 @@ def record():
       "steps": 2,
       "seed": 7,
       "versions": {"jax": "1.2.3"},
+      names.YIELD_EFFICIENCY: 1.9946,
+      names.YIELD_J: 347.6,
     },
     metrics=[
       {"step": 0, "time": 0.0, names.EVAL_HELDOUT: 0.36},
@@ -110,6 +112,8 @@ def test_the_page_holds_what_was_asked(tmp_path, record):
     "Reward +1.30 (answer +1.00, call +0.30)",
     "6.31 GB",
     "1.2.3",
+    "1.99 held-out success per 1,000 samples",
+    "348 (tokens/s x sample efficiency)",
     '"learning_rate": 2e-05',
   ):
     assert part in page.text, part
