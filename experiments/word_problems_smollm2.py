@@ -54,7 +54,7 @@ def get_config() -> ml_collections.ConfigDict:
     # token does not depend, to the last bit, on what else is in the batch.
     "engine": settings.defaults(
       engine.EngineConfig,
-      context=256,
+      context=208,
       slots=64,
       row_buckets=(64,),
       prefill_rows=16,

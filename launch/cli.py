@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 import sys
 
-from absl import app
+from absl import app, logging
 
 from forge_jax import errors
 
@@ -14,6 +14,7 @@ def guarded(
   """A main whose boundary errors end as one line and exit status 1."""
 
   def run(argv: Sequence[str]) -> None:
+    logging.set_verbosity(logging.WARNING)  # Orbax tells every step at INFO
     if len(argv) > 1:
       fail(errors.ConfigError(f"unexpected arguments: {' '.join(argv[1:])}"))
     try:

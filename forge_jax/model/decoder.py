@@ -13,7 +13,8 @@ Parameters live under '/'-joined names, the contract with every file format:
   layers/mlp/{gate,up}/kernel [L, D, F]   layers/mlp/down/kernel [L, F, D]
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 from flax import nnx
 import jax
@@ -24,6 +25,20 @@ from forge_jax import errors
 from forge_jax.model import config as model_config
 from forge_jax.model import layers as layers_lib
 from forge_jax.model import rope
+
+_policies = jax.checkpoint_policies
+# How a layer is rematerialised, by name.
+REMAT: Mapping[str, Callable] = {
+  "none": lambda layer: layer,  # keep everything
+  "elementwise": partial(  # keep matrix products and attention
+    jax.checkpoint,
+    policy=_policies.save_from_both_policies(
+      _policies.dots_with_no_batch_dims_saveable,
+      _policies.save_only_these_names("attention"),
+    ),
+  ),
+  "layer": jax.checkpoint,  # keep a layer's input only
+}
 
 
 class Decoder(nnx.Module):
@@ -66,7 +81,7 @@ class Decoder(nnx.Module):
     position: jnp.ndarray,
     attend: layers_lib.Attend,
     *,
-    remat: bool = False,
+    remat: str = "none",
   ) -> jnp.ndarray:
     """Final hidden states, layers scanned.
 
@@ -75,7 +90,7 @@ class Decoder(nnx.Module):
       position: int32 [...], rotary positions.
       attend: attention over q [..., H, C], k and v [..., K, C]; the same
         function serves every layer.
-      remat: recompute each layer in the backward pass instead of keeping it.
+      remat: what the backward pass recomputes: a key of `REMAT`.
 
     Returns:
       [..., D] in the compute dtype, normed: ready for `logits`.
@@ -86,8 +101,9 @@ class Decoder(nnx.Module):
     def layer(x, params):
       return nnx.merge(graph, params)(x, angles, attend), None
 
-    body = jax.checkpoint(layer) if remat else layer
-    x, _ = jax.lax.scan(body, self.embed(tokens, self.dtype), stacked)
+    x, _ = jax.lax.scan(
+      REMAT[remat](layer), self.embed(tokens, self.dtype), stacked
+    )
     return self.final_norm(x)
 
   def logits(self, hidden: jnp.ndarray) -> jnp.ndarray:

@@ -62,7 +62,7 @@ class StopSignal:
     if self.requested and number == signal.SIGINT:
       raise KeyboardInterrupt
     self.requested = True
-    logging.info("%s: stopping after this step", signal.Signals(number).name)
+    logging.warning("%s: stopping after this step", signal.Signals(number).name)
     if self._waiting:
       raise Interrupted
 

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 import optax
 
-from forge_jax import types
+from forge_jax import errors, types
 from forge_jax.algo import cispo
 from forge_jax.model import decoder as decoder_lib
 from forge_jax.model import sharding
@@ -44,7 +44,13 @@ class UpdateConfig:
   attention: str = "xla"  # implementation of tree attention
   block: int = 128  # tokens of an attention block
   head_chunk: int = 256  # edges whose logits exist at a time
-  remat: bool = False
+  remat: str = "elementwise"  # see model.decoder.REMAT: "elementwise", "layer"
+
+  def __post_init__(self):
+    if self.remat not in decoder_lib.REMAT:
+      raise errors.ConfigError(
+        f"update.remat={self.remat!r}; expected one of {list(decoder_lib.REMAT)}"
+      )
 
 
 @jax.tree_util.register_dataclass

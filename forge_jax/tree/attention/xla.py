@@ -18,6 +18,7 @@ from functools import partial
 
 import jax
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 import numpy as np
 
@@ -121,7 +122,9 @@ def _forward(q_THC, k_TKC, v_TKC, layout: types.TreeLayout, block):
 
   start = jnp.zeros_like(q), jnp.zeros(q.shape[:3], wide)
   out, lse = lax.fori_loop(0, q.shape[0], query_block, start)
-  out_THC = _join(out, block)
+  # Named so that rematerialisation can keep both and skip this loop.
+  out_THC = checkpoint_name(_join(out, block), "attention")
+  lse = checkpoint_name(lse, "attention")
   return out_THC, (q_THC, k_TKC, v_TKC, layout, out_THC, lse)
 
 
