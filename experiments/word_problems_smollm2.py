@@ -71,10 +71,13 @@ def get_config() -> ml_collections.ConfigDict:
     ),
     "credit": settings.defaults(credit.CreditConfig),
     "pack": settings.defaults(pack.PackConfig),
-    "trainer": settings.defaults(trainer.TrainerConfig),
-    "update": settings.defaults(update.UpdateConfig),
+    "trainer": settings.defaults(trainer.TrainerConfig)
+    | settings.defaults(update.UpdateConfig),
     "mesh": settings.defaults(sharding.MeshConfig),
-    "checkpoint": settings.defaults(checkpoint.CheckpointConfig),
+    # Few bytes in flight: a checkpoint must not need another 1.6 GB.
+    "checkpoint": settings.defaults(
+      checkpoint.CheckpointConfig, concurrent_gb=0.25
+    ),
     "eval": settings.defaults(evaluation.EvalConfig),
     "observe": settings.defaults(metrics.ObserveConfig),
   }

@@ -37,10 +37,12 @@ _SECTIONS = {
   "mesh": sharding.MeshConfig,
   "observe": metrics_lib.ObserveConfig,
   "pack": pack.PackConfig,
-  "trainer": trainer.TrainerConfig,
-  "update": update.UpdateConfig,
 }
-_TOP = {"name", "question", "seed", "steps", "model", "domains", "rollout"}
+# These are not, or not only, one component's.
+_TOP = {"name", "question", "seed", "steps", "model", "domains"} | {
+  "rollout",  # RolloutConfig and WindowConfig
+  "trainer",  # TrainerConfig and UpdateConfig
+}
 
 
 class Blueprint:
@@ -68,10 +70,11 @@ class Blueprint:
       for name, cls in _SECTIONS.items()
     }
     self.eval: evaluation.EvalConfig = self.parts["eval"]
-    groups = self.parts["trainer"].groups_per_step
-    window, rollout = settings.split(
-      values["rollout"], windowed_fifo.WindowConfig
-    )
+    step, rest = settings.split(values["trainer"], trainer.TrainerConfig)
+    self._step = settings.section(trainer.TrainerConfig, step, "trainer")
+    self._update = settings.section(update.UpdateConfig, rest, "trainer")
+    groups = self._step.groups_per_step
+    window, rest = settings.split(values["rollout"], windowed_fifo.WindowConfig)
     self.window = settings.section(
       windowed_fifo.WindowConfig,
       window,
@@ -80,7 +83,7 @@ class Blueprint:
       total=self.steps * groups,
     )
     self.rollout = settings.section(
-      host.RolloutConfig, rollout, "rollout", seed=self.seed
+      host.RolloutConfig, rest, "rollout", seed=self.seed
     )
     self._build_domains(values["domains"])
 
@@ -103,7 +106,7 @@ class Blueprint:
   def updater(self, decoder: decoder_lib.Decoder) -> update.Updater:
     """The jitted functions of a step, on the configured mesh."""
     mesh = sharding.make_mesh(self.parts["mesh"])
-    return update.Updater(decoder, self.parts["update"], mesh)
+    return update.Updater(decoder, self._update, mesh)
 
   def trainer(
     self, updater: update.Updater, vocab_size: int
@@ -111,7 +114,7 @@ class Blueprint:
     """A trainer at step 0."""
     return trainer.Trainer(
       updater,
-      self.parts["trainer"],
+      self._step,
       self.parts["credit"],
       self.parts["pack"],
       vocab_size=vocab_size,

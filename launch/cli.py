@@ -1,11 +1,16 @@
 """What every absl main shares: errors that a user is meant to read."""
 
 from collections.abc import Callable, Sequence
+import os
 import sys
 
 from absl import app, logging
 
 from forge_jax import errors
+
+# Read by `transformers` when it is imported: we want its tokenizers, and no
+# advice about the frameworks that it does not find.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 
 def guarded(

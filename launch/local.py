@@ -18,6 +18,8 @@ import pathlib
 import time
 from typing import Any
 
+import jax
+
 from forge_jax import errors, settings
 from forge_jax.observe import metrics as metrics_lib
 from forge_jax.pool import queue as queue_lib
@@ -51,6 +53,7 @@ class LocalRun:
   def train(self) -> None:
     """Trains to the configured step and reports, or stops at Ctrl-C."""
     plan = self._plan
+    keep_compilations()
     self._workdir.mkdir(parents=True, exist_ok=True)
     journal.write_atomically(
       self._workdir / "config.json", json.dumps(self._values, indent=2) + "\n"
@@ -172,3 +175,42 @@ class LocalRun:
         f"{self._workdir} holds a run of another configuration "
         f"({'; '.join(differ)}); give a new --workdir"
       )
+
+
+def evaluate_checkpoint(
+  workdir: str, counts: Mapping[str, int | None]
+) -> dict[str, float | int]:
+  """Evaluates the newest checkpoint of a run as the run itself did.
+
+  Args:
+    workdir: the run's.
+    counts: tasks by split, None for the run's own number, 0 for none.
+
+  Returns:
+    The checkpoint's step and the success rate, 0..1, by split.
+
+  Raises:
+    CheckpointError: the folder holds no run or no checkpoint.
+  """
+  keep_compilations()
+  path = pathlib.Path(workdir).absolute() / "config.json"
+  if not path.exists():
+    raise errors.CheckpointError(f"{path} does not exist: no run is there")
+  plan = build.Blueprint(json.loads(path.read_text(encoding="utf-8")))
+  checkpointer = checkpoint.Checkpointer(path.parent, plan.parts["checkpoint"])
+  decoder, host = checkpointer.restore_decoder(plan.load_decoder())
+  checkpointer.close()
+  result: dict[str, float | int] = {"step": host["step"]}
+  with plan.services(decoder, host["step"]) as services:
+    for split, count in counts.items():
+      count = getattr(plan.eval, split) if count is None else count
+      if count:
+        result[split] = services.evaluate(split, count).success_rate
+  return result
+
+
+def keep_compilations() -> None:
+  """Keeps compiled programs in .jax_cache, unless JAX is told otherwise."""
+  if jax.config.jax_compilation_cache_dir is None:
+    folder = str(pathlib.Path(".jax_cache").absolute())
+    jax.config.update("jax_compilation_cache_dir", folder)

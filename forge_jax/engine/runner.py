@@ -42,6 +42,10 @@ class RunnerConfig:
       raise errors.ConfigError(
         f"the last of row_buckets={self.row_buckets} must be slots={self.slots}"
       )
+    if self.prefill_rows > self.slots:
+      raise errors.ConfigError(
+        f"prefill_rows={self.prefill_rows} exceeds slots={self.slots}"
+      )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -29,6 +29,9 @@ class CheckpointConfig:
 
   every: int = 10  # trainer steps; 0: only when a run ends
   keep: int = 1
+  # Most bytes, in 1e9, copied for writing at a time; at least the largest
+  # array.
+  concurrent_gb: float = 96.0
 
 
 class Checkpointer:
@@ -44,7 +47,13 @@ class Checkpointer:
         enable_async_checkpointing=False,
         cleanup_tmp_directories=True,
       ),
-      item_names=("params", "optimizer", "host"),
+      item_handlers={
+        name: ocp.StandardCheckpointHandler(
+          save_concurrent_gb=config.concurrent_gb
+        )
+        for name in ("params", "optimizer")
+      }
+      | {"host": ocp.JsonCheckpointHandler()},
     )
 
   @property
@@ -130,11 +139,25 @@ class Checkpointer:
     opt_state = _unflat(template.opt_state, restored["optimizer"])
     return update.TrainState(params, opt_state), restored["host"]
 
-  def restore_params(
-    self, template: nnx.State, step: int | None = None
-  ) -> tuple[nnx.State, dict[str, Any]]:
-    """Reads the parameters and the host values only."""
+  def restore_decoder(
+    self, decoder: decoder_lib.Decoder, step: int | None = None
+  ) -> tuple[decoder_lib.Decoder, dict[str, Any]]:
+    """A decoder like the given one with a checkpoint's parameters.
+
+    The optimizer's state is not read.
+
+    Args:
+      decoder: of the checkpoint's shape.
+      step: which checkpoint, the newest by default.
+
+    Returns:
+      The decoder and the host values.
+
+    Raises:
+      CheckpointError: there is no such checkpoint, or it does not fit.
+    """
     step = self._step(step)
+    graph, template = nnx.split(decoder)
     with _readable(step, self.folder):
       restored = self._manager.restore(
         step,
@@ -145,7 +168,8 @@ class Checkpointer:
           host=ocp.args.JsonRestore(),
         ),
       )
-    return decoder_lib.unflatten(template, restored["params"]), restored["host"]
+    state = decoder_lib.unflatten(template, restored["params"])
+    return nnx.merge(graph, state), restored["host"]
 
   def close(self) -> None:
     """Releases Orbax's threads."""

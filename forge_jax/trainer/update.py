@@ -12,7 +12,7 @@ import dataclasses
 from flax import nnx
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 import optax
 
@@ -49,7 +49,7 @@ class UpdateConfig:
   def __post_init__(self):
     if self.remat not in decoder_lib.REMAT:
       raise errors.ConfigError(
-        f"update.remat={self.remat!r}; expected one of {list(decoder_lib.REMAT)}"
+        f"trainer.remat={self.remat!r}; expected one of {list(decoder_lib.REMAT)}"
       )
 
 
@@ -110,9 +110,24 @@ class Updater:
     self.traces = 0  # of `accumulate`, for tests
     self._graph, self._params = nnx.split(decoder)
     self._optimizer = make_optimizer(config)
-    self._accumulate = jax.jit(self._accumulate_fn, donate_argnums=(1,))
-    self._apply = jax.jit(self._apply_fn, donate_argnums=(0,))
-    self._zeros = jax.jit(lambda tree: jax.tree.map(jnp.zeros_like, tree))
+    # Placements are spelled out, so that a step's outputs fit the next step's
+    # inputs exactly and nothing is ever compiled twice.
+    opt_state = jax.eval_shape(self._optimizer.init, self._params)
+    params_at = sharding.placements(self._params, mesh)
+    state_at = TrainState(params_at, sharding.placements(opt_state, mesh))
+    whole = NamedSharding(mesh, P())
+    self._accumulate = jax.jit(
+      self._accumulate_fn,
+      donate_argnums=(1,),
+      out_shardings=(params_at, whole),
+    )
+    self._apply = jax.jit(
+      self._apply_fn, donate_argnums=(0,), out_shardings=(state_at, whole)
+    )
+    self._zeros = jax.jit(
+      lambda tree: jax.tree.map(jnp.zeros_like, tree), out_shardings=params_at
+    )
+    self._init = jax.jit(self._optimizer.init, out_shardings=state_at.opt_state)
 
   def initial_state(self) -> TrainState:
     """The decoder's weights and a fresh optimizer, placed on the mesh.
@@ -122,8 +137,7 @@ class Updater:
     """
     params = sharding.place(self._params, self.mesh)
     self._params = None
-    opt_state = jax.jit(self._optimizer.init)(params)
-    return TrainState(params, sharding.place(opt_state, self.mesh))
+    return TrainState(params, self._init(params))
 
   def decoder(self, state: TrainState) -> decoder_lib.Decoder:
     """The decoder with a state's weights; shares their buffers."""
@@ -166,7 +180,7 @@ class Updater:
       gradient, state.opt_state, state.params
     )
     params = optax.apply_updates(state.params, updates)
-    return TrainState(params, opt_state), optax.global_norm(gradient)
+    return TrainState(params, opt_state), optax.tree.norm(gradient)
 
   def _accumulate_fn(self, params, gradient, batch, version):
     self.traces += 1

@@ -1,0 +1,56 @@
+"""Sections of a configuration, and every experiment that ships."""
+
+import dataclasses
+import importlib
+import pathlib
+
+import pytest
+
+from forge_jax import errors, settings
+from launch import build
+
+EXPERIMENTS = sorted(
+  path.stem
+  for path in (pathlib.Path(__file__).parents[1] / "experiments").glob("*.py")
+  if path.stem != "__init__"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+  rate: float = 0.5
+  sizes: tuple[int, ...] = (1, 2)
+  seed: int = 0
+
+
+def test_a_section_becomes_its_dataclass():
+  part = settings.section(Part, {"rate": 2.0, "sizes": [3]}, "part", seed=7)
+  assert part == Part(2.0, (3,), 7)
+
+
+@pytest.mark.parametrize("key", ["rte", "seed"])
+def test_an_unknown_key_names_the_nearest(key):
+  with pytest.raises(errors.ConfigError, match=rf"config\.part .*'{key}'"):
+    settings.section(Part, {key: 1}, "part", seed=7)
+
+
+def test_defaults_and_split_undo_each_other():
+  values = settings.defaults(Part, "seed", rate=1.0) | {"other": 3}
+  assert settings.split(values, Part) == (
+    {"rate": 1.0, "sizes": (1, 2)},
+    {"other": 3},
+  )
+
+
+def test_differences_name_the_keys():
+  old = {"a": {"b": 1, "c": (1, 2)}, "d": 2}
+  new = {"a": {"b": 2, "c": [1, 2]}, "d": 2}
+  assert settings.differences(old, new) == ["a.b: 1 -> 2"]
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_loads_and_fits_its_components(name):
+  module = importlib.import_module(f"experiments.{name}")
+  assert "python -m launch" in module.__doc__
+  plan = build.Blueprint(module.get_config().to_dict())
+  assert plan.steps >= 1 and plan.mixture().task(0).domain in plan.domains
