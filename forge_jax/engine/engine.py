@@ -30,8 +30,8 @@ class EngineConfig:
 
   slots: int = 64  # sequences whose cache is kept
   context: int = 512  # most tokens of a sequence, prompt and response
-  row_buckets: tuple[int, ...] = (1, 8, 64)  # rows of a decode step
-  prefill_rows: int = 16  # rows of a prefill step
+  decode_rows: tuple[int, ...] = (1, 8, 64)  # buckets of a decode step's rows
+  prefill_rows: tuple[int, ...] = (4, 16)  # buckets of a prefill step's rows
   prefill_chunk: int = 16  # prompt tokens of one row in a prefill step
   prefill_patience: int = 4  # decode steps a part-filled prefill step waits
 
@@ -74,7 +74,7 @@ class JaxEngine:
       runner_lib.RunnerConfig(
         slots=config.slots,
         context=config.context,
-        row_buckets=config.row_buckets,
+        decode_rows=config.decode_rows,
         prefill_rows=config.prefill_rows,
         prefill_chunk=config.prefill_chunk,
       ),
@@ -83,7 +83,7 @@ class JaxEngine:
       scheduler_lib.SchedulerConfig(
         slots=config.slots,
         context=config.context,
-        prefill_rows=config.prefill_rows,
+        prefill_rows=config.prefill_rows[-1],
         prefill_chunk=config.prefill_chunk,
         prefill_patience=config.prefill_patience,
       )

@@ -29,22 +29,24 @@ class RunnerConfig:
 
   slots: int = 64  # sequences whose cache is kept
   context: int = 512  # most tokens of a sequence, prompt and response
-  row_buckets: tuple[int, ...] = (1, 8, 64)  # rows of a decode step
-  prefill_rows: int = 16  # rows of a prefill step
+  decode_rows: tuple[int, ...] = (1, 8, 64)  # buckets of a decode step's rows
+  prefill_rows: tuple[int, ...] = (4, 16)  # buckets of a prefill step's rows
   prefill_chunk: int = 16  # prompt tokens of one row in a prefill step
 
   def __post_init__(self):
-    if tuple(sorted(set(self.row_buckets))) != tuple(self.row_buckets):
+    for name in ("decode_rows", "prefill_rows"):
+      rows = getattr(self, name)
+      if not rows or list(rows) != sorted(set(rows)) or rows[0] < 1:
+        raise errors.ConfigError(
+          f"{name}={rows} must be positive, ascending and distinct"
+        )
+    if self.decode_rows[-1] != self.slots:
       raise errors.ConfigError(
-        f"row_buckets={self.row_buckets} must be ascending and distinct"
+        f"the last of decode_rows={self.decode_rows} must be slots={self.slots}"
       )
-    if self.row_buckets[-1] != self.slots:
+    if self.prefill_rows[-1] > self.slots:
       raise errors.ConfigError(
-        f"the last of row_buckets={self.row_buckets} must be slots={self.slots}"
-      )
-    if self.prefill_rows > self.slots:
-      raise errors.ConfigError(
-        f"prefill_rows={self.prefill_rows} exceeds slots={self.slots}"
+        f"prefill_rows={self.prefill_rows} exceed slots={self.slots}"
       )
 
 
@@ -120,7 +122,7 @@ class Runner:
     """Appends tokens to slots and samples the token after each row's last.
 
     Args:
-      rows: distinct slots, at most the largest row bucket.
+      rows: distinct slots, at most the largest bucket for the width.
       width: C, 1 or the prefill chunk.
 
     Returns:
@@ -180,8 +182,8 @@ class Runner:
 
   def _buckets(self, width: int) -> tuple[int, ...]:
     if width > 1:
-      return (self.config.prefill_rows,)
-    return self.config.row_buckets
+      return self.config.prefill_rows
+    return self.config.decode_rows
 
   def _prepare_fn(self, state: nnx.State) -> nnx.State:
     """Stacked weights as the unrolled forward pass wants them."""

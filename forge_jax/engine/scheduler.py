@@ -27,7 +27,7 @@ class SchedulerConfig:
 
   slots: int = 64
   context: int = 512
-  prefill_rows: int = 16
+  prefill_rows: int = 16  # most rows of a prefill step
   prefill_chunk: int = 16
   # Prefilling rows wait for a full prefill step, but no more decode steps than
   # this.

@@ -27,8 +27,8 @@ MODEL = model_config.ModelConfig(
 CONFIG = engine.EngineConfig(
   slots=8,
   context=64,
-  row_buckets=(2, 8),
-  prefill_rows=4,
+  decode_rows=(2, 8),
+  prefill_rows=(1, 4),
   prefill_chunk=16,
   prefill_patience=2,
 )
@@ -224,9 +224,19 @@ async def test_a_failed_step_is_an_error_to_every_caller(running, monkeypatch):
 def test_sizes_that_do_not_fit_are_refused():
   with pytest.raises(errors.ConfigError, match=r"200 exceeds .* 128"):
     engine.JaxEngine(
-      decoder(), engine.EngineConfig(slots=8, context=200, row_buckets=(8,))
+      decoder(),
+      engine.EngineConfig(
+        slots=8, context=200, decode_rows=(8,), prefill_rows=(4,)
+      ),
     )
-  with pytest.raises(errors.ConfigError, match="row_buckets"):
-    engine.JaxEngine(
-      decoder(), engine.EngineConfig(slots=8, context=64, row_buckets=(4,))
-    )
+  for bad, name in (
+    ({"decode_rows": (4,)}, "decode_rows"),
+    ({"decode_rows": (8, 8)}, "decode_rows"),
+    ({"prefill_rows": ()}, "prefill_rows"),
+    ({"prefill_rows": (9,)}, "prefill_rows"),
+  ):
+    sizes = {"slots": 8, "context": 64, "decode_rows": (8,)}
+    with pytest.raises(errors.ConfigError, match=name):
+      engine.JaxEngine(
+        decoder(), engine.EngineConfig(**({"prefill_rows": (4,)} | sizes | bad))
+      )

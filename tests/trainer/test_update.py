@@ -76,7 +76,9 @@ def test_rematerialisation_changes_no_gradient(remat):
 def test_engine_and_trainer_agree_on_logprobs():
   made = engine.JaxEngine(
     tiny.decoder(),
-    engine.EngineConfig(slots=4, context=64, row_buckets=(4,), prefill_rows=4),
+    engine.EngineConfig(
+      slots=4, context=64, decode_rows=(4,), prefill_rows=(4,)
+    ),
   )
   made.start()
 
