@@ -75,7 +75,7 @@ def get_config() -> ml_collections.ConfigDict:
     # Eight groups an update: with four, an update often lacks one of the six
     # question templates, and the policy unlearns it for good.
     "trainer": settings.defaults(trainer.TrainerConfig, groups_per_step=16)
-    | settings.defaults(update.UpdateConfig),
+    | settings.defaults(update.UpdateConfig, "block"),
     "mesh": settings.defaults(sharding.MeshConfig),
     # Few bytes in flight: a checkpoint must not need another 1.6 GB.
     "checkpoint": settings.defaults(

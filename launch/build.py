@@ -72,7 +72,10 @@ class Blueprint:
     self.eval: evaluation.EvalConfig = self.parts["eval"]
     step, rest = settings.split(values["trainer"], trainer.TrainerConfig)
     self._step = settings.section(trainer.TrainerConfig, step, "trainer")
-    self._update = settings.section(update.UpdateConfig, rest, "trainer")
+    packs: pack.PackConfig = self.parts["pack"]
+    self._update = settings.section(
+      update.UpdateConfig, rest, "trainer", block=packs.block
+    )
     groups = self._step.groups_per_step
     window, rest = settings.split(values["rollout"], windowed_fifo.WindowConfig)
     self.window = settings.section(
@@ -106,6 +109,12 @@ class Blueprint:
   def updater(self, decoder: decoder_lib.Decoder) -> update.Updater:
     """The jitted functions of a step, on the configured mesh."""
     mesh = sharding.make_mesh(self.parts["mesh"])
+    packs, ways = self.parts["pack"].packs, sharding.batch_ways(mesh)
+    if packs % ways:
+      raise errors.ConfigError(
+        f"config.pack.packs={packs} is not a multiple of the {ways} ways in "
+        f"which the mesh axes {sharding.BATCH_AXES} split a batch"
+      )
     return update.Updater(decoder, self._update, mesh)
 
   def trainer(

@@ -121,6 +121,7 @@ class LocalRun:
       checkpointer,
       stop,
       steps=plan.steps,
+      seed=plan.seed,
       publish=services.engine.update_weights,
       evaluate=evaluate,
       record=recorder.record_step,

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 import dataclasses
 import re
 
-from flax import nnx
 import jax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -115,6 +114,6 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, P(BATCH_AXES))
 
 
-def num_parameters(state: nnx.State) -> int:
-  """Number of scalars in a state."""
-  return sum(leaf.size for leaf in jax.tree.leaves(state))
+def batch_ways(mesh: Mesh) -> int:
+  """In how many ways a batch's packs are split."""
+  return int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))

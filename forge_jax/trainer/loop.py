@@ -74,6 +74,7 @@ def train(
   stop: StopSignal,
   *,
   steps: int,
+  seed: int,
   publish: Callable[[types.WeightsVersion], None],
   evaluate: Callable[[int], None],
   record: Callable[[int, Mapping[str, Any]], None],
@@ -88,6 +89,8 @@ def train(
     checkpointer: where checkpoints go.
     stop: entered by the caller.
     steps: trainer steps of the whole run, those before a restart included.
+    seed: of the run, kept in its checkpoints; all randomness derives from it
+      and from indices, so there is no other random state.
     publish: gives an engine the new weights; must copy them.
     evaluate: called after each step with the step number.
     record: called after each step with its number and metrics.
@@ -111,19 +114,20 @@ def train(
     queue.commit(trainer.step)
     record(trainer.step, metrics)
     if checkpointer.due(trainer.step):
-      save(trainer, queue, checkpointer)
+      save(trainer, queue, checkpointer, seed)
       saved = trainer.step
   if saved != trainer.step:
-    save(trainer, queue, checkpointer)
+    save(trainer, queue, checkpointer, seed)
 
 
 def save(
   trainer: trainer_lib.Trainer,
   queue: queue_lib.GroupQueue,
   checkpointer: checkpoint_lib.Checkpointer,
+  seed: int,
 ) -> None:
-  """Checkpoints the trainer's state with the pool's cursor."""
-  host = {"step": trainer.step, "queue": queue.state()}
+  """Checkpoints the trainer's state with the pool's cursor and the seed."""
+  host = {"step": trainer.step, "seed": seed, "queue": queue.state()}
   checkpointer.save(trainer.step, trainer.state, host)
 
 

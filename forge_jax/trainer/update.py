@@ -42,7 +42,7 @@ class UpdateConfig:
   ratio_min: float = 0.0
   ratio_max: float = 5.0
   attention: str = "xla"  # implementation of tree attention
-  block: int = 128  # tokens of an attention block
+  block: int = 128  # tokens of an attention block, as packed
   head_chunk: int = 256  # edges whose logits exist at a time
   remat: str = "elementwise"  # see model.decoder.REMAT: "elementwise", "layer"
 
