@@ -106,6 +106,12 @@ class Blueprint:
       config, params, dtype=jnp.dtype(model["dtype"])
     )
 
+  def load_tokenizer(self) -> Any:
+    """The model's tokenizer."""
+    return tokenizer_lib.load_tokenizer(
+      paths.resolve_model_path(self.values["model"]["path"])
+    )
+
   def updater(self, decoder: decoder_lib.Decoder) -> update.Updater:
     """The jitted functions of a step, on the configured mesh."""
     mesh = sharding.make_mesh(self.parts["mesh"])
@@ -133,9 +139,7 @@ class Blueprint:
     self, decoder: decoder_lib.Decoder, version: int
   ) -> services.Services:
     """Engine, gateway and agent around a decoder's weights."""
-    tokenizer = tokenizer_lib.load_tokenizer(
-      paths.resolve_model_path(self.values["model"]["path"])
-    )
+    tokenizer = self.load_tokenizer()
     engine = engine_lib.JaxEngine(
       decoder,
       self.parts["engine"],

@@ -18,9 +18,13 @@ import pathlib
 import time
 from typing import Any
 
+from flax import nnx
 import jax
+import numpy as np
 
 from forge_jax import errors, settings
+from forge_jax.model import decoder as decoder_lib
+from forge_jax.model import huggingface
 from forge_jax.observe import metrics as metrics_lib
 from forge_jax.pool import queue as queue_lib
 from forge_jax.pool import store as store_lib
@@ -194,20 +198,49 @@ def evaluate_checkpoint(
     CheckpointError: the folder holds no run or no checkpoint.
   """
   keep_compilations()
-  path = pathlib.Path(workdir).absolute() / "config.json"
-  if not path.exists():
-    raise errors.CheckpointError(f"{path} does not exist: no run is there")
-  plan = build.Blueprint(json.loads(path.read_text(encoding="utf-8")))
-  checkpointer = checkpoint.Checkpointer(path.parent, plan.parts["checkpoint"])
-  decoder, host = checkpointer.restore_decoder(plan.load_decoder())
-  checkpointer.close()
-  result: dict[str, float | int] = {"step": host["step"]}
-  with plan.services(decoder, host["step"]) as services:
+  plan, decoder, step = _load_checkpoint(workdir)
+  result: dict[str, float | int] = {"step": step}
+  with plan.services(decoder, step) as services:
     for split, count in counts.items():
       count = getattr(plan.eval, split) if count is None else count
       if count:
         result[split] = services.evaluate(split, count).success_rate
   return result
+
+
+def export_checkpoint(workdir: str, folder: str) -> int:
+  """Writes the newest checkpoint as a Hugging Face folder; returns its step.
+
+  The folder must not exist; it gets safetensors, config.json and tokenizer.
+
+  Raises:
+    CheckpointError: there is no checkpoint, or the folder cannot be written.
+  """
+  plan, decoder, step = _load_checkpoint(workdir)
+  params = decoder_lib.flatten(nnx.state(decoder))
+  huggingface.write_huggingface(
+    pathlib.Path(folder),
+    decoder.config,
+    {name: np.asarray(value) for name, value in params.items()},
+  )
+  plan.load_tokenizer().save_pretrained(folder)
+  return step
+
+
+def _load_checkpoint(
+  workdir: str,
+) -> tuple[build.Blueprint, decoder_lib.Decoder, int]:
+  """The plan of a run, and its newest weights with their step."""
+  path = pathlib.Path(workdir).absolute() / "config.json"
+  if not path.exists():
+    raise errors.CheckpointError(f"{path} does not exist: no run is there")
+  plan = build.Blueprint(json.loads(path.read_text(encoding="utf-8")))
+  checkpointer = checkpoint.Checkpointer(path.parent, plan.parts["checkpoint"])
+  try:
+    decoder, host = checkpointer.restore_decoder(plan.load_decoder())
+  finally:
+    checkpointer.close()
+  return plan, decoder, host["step"]
 
 
 def keep_compilations() -> None:

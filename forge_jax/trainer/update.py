@@ -169,6 +169,12 @@ class Updater:
     batch = jax.device_put(batch, sharding.batch_sharding(self.mesh))
     return self._accumulate(state.params, gradient, batch, jnp.int32(version))
 
+  def lower(
+    self, state: TrainState, gradient: nnx.State, batch: types.PackedBatch
+  ) -> jax.stages.Lowered:
+    """`accumulate` lowered for these shapes, to inspect or compile ahead."""
+    return self._accumulate.lower(state.params, gradient, batch, jnp.int32(0))
+
   def apply(
     self, state: TrainState, gradient: nnx.State
   ) -> tuple[TrainState, jax.Array]:

@@ -184,6 +184,13 @@ def test_a_run_leaves_what_it_promises(values, tmp_path):
   assert mismatch and max(mismatch) <= 1e-4
   result = local.evaluate_checkpoint(str(run), {"heldout": 6, "phrasings": 0})
   assert result == {"step": 3, "heldout": summary["heldout_after"]}
+  assert local.export_checkpoint(str(run), str(tmp_path / "exported")) == 3
+  config, exported = huggingface.read_huggingface(tmp_path / "exported")
+  assert config == MODEL
+  for name, value in params_of(run)[0].items():
+    np.testing.assert_array_equal(exported[name], value)
+  tokenizer = tokenizer_lib.load_tokenizer(tmp_path / "exported")
+  assert tokenizer.decode(tokenizer.encode("CALC(5 + 8)")) == "CALC(5 + 8)"
 
 
 def test_a_working_directory_keeps_one_configuration(values, tmp_path):
