@@ -73,17 +73,17 @@ def get_config() -> ml_collections.ConfigDict:
     "credit": settings.defaults(credit.CreditConfig),
     # Small packs: late steps, where most groups agree, have little to train.
     "pack": settings.defaults(pack.PackConfig, tokens=512, edges=512, rows=512),
-    # Eight groups an update: with four, an update often lacks one of the six
-    # question templates, and the policy unlearns it for good.
+    # Eight groups an update hold every one of the six question templates; with
+    # fewer, or at a higher rate, the policy can unlearn a template for good.
     "trainer": settings.defaults(trainer.TrainerConfig, groups_per_step=16)
-    | settings.defaults(update.UpdateConfig, "block"),
+    | settings.defaults(update.UpdateConfig, "block", learning_rate=1.5e-5),
     "mesh": settings.defaults(sharding.MeshConfig),
     # Few bytes in flight: a checkpoint must not need another 1.6 GB.
     "checkpoint": settings.defaults(
       checkpoint.CheckpointConfig, concurrent_gb=0.25
     ),
     "eval": settings.defaults(
-      evaluation.EvalConfig, phrasings=100, every=5, during=50
+      evaluation.EvalConfig, phrasings=60, every=5, during=48
     ),
     "observe": settings.defaults(metrics.ObserveConfig),
   }

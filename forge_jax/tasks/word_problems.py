@@ -3,7 +3,8 @@
 An episode takes at most two assistant turns: a call such as `CALC(41 * 12)`,
 which the environment answers with the result, and then `ANSWER(492)`.
 
-Splits, each an endless sequence of questions:
+Splits, each an endless sequence of questions in which every six, from the
+first on, have each template once, so that no batch lacks an operation for long:
   train      six templates; depends on the domain's seed
   heldout    the same templates; the same questions for every seed
   phrasings  six templates that `train` never uses; the same for every seed
@@ -141,10 +142,12 @@ class WordProblems:
     if index < 0:
       raise errors.ConfigError(f"a task's index is >= 0, not {index}")
     seed, stream, templates, heldout = self._splits[split]
-    rng = np.random.default_rng(np.random.SeedSequence([seed, stream, index]))
-    payload = _draw(rng, templates)
+    entropy = [seed, stream, index]
+    rng = np.random.default_rng(np.random.SeedSequence(entropy))
+    template = _template(templates, seed, stream, index)
+    payload = _draw(rng, *template)
     while heldout is not None and is_heldout(payload["question"]) != heldout:
-      payload = _draw(rng, templates)
+      payload = _draw(rng, *template)
     return types.Task(
       id=f"{self.name}/{split}/{index}",
       domain=self.name,
@@ -229,12 +232,24 @@ def is_heldout(question: str) -> bool:
   return int.from_bytes(digest[:8], "big") % _HELDOUT_SHARE == 0
 
 
-def _draw(rng: np.random.Generator, templates) -> dict[str, str | int]:
+def _template(
+  templates: Sequence[tuple[str, str]], seed: int, stream: int, index: int
+) -> tuple[str, str]:
+  """The operator and text of a question: a shuffled round of all, repeated."""
+  turn, place = divmod(index, len(templates))
+  # One number more than a question's own entropy: another random stream.
+  entropy = [seed, stream, turn, len(templates)]
+  rng = np.random.default_rng(np.random.SeedSequence(entropy))
+  return templates[rng.permutation(len(templates))[place]]
+
+
+def _draw(
+  rng: np.random.Generator, operator: str, template: str
+) -> dict[str, str | int]:
   """Draws a question: a in 41..99, b in 11..39, two different names."""
   n, m = (_NAMES[i] for i in rng.permutation(len(_NAMES))[:2])
   thing = _THINGS[rng.integers(len(_THINGS))]
   a, b = int(rng.integers(41, 100)), int(rng.integers(11, 40))
-  operator, template = templates[rng.integers(len(templates))]
   return {
     "question": template.format(n=n, m=m, t=thing, a=a, b=b),
     "operator": operator,

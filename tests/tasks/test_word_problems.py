@@ -1,3 +1,5 @@
+import re
+
 import numpy as np
 import pytest
 
@@ -175,3 +177,24 @@ def test_a_wrong_split_is_named():
     domain().task("test", 0)
   with pytest.raises(errors.ConfigError, match="-1"):
     domain().task("train", -1)
+
+
+@pytest.mark.parametrize("split", ["train", "heldout", "phrasings"])
+def test_every_six_questions_have_each_template_once(split):
+  domain = word_problems.WordProblems(word_problems.WordProblemsConfig(seed=3))
+  shape = lambda q: re.sub(r"[0-9]+", "N", q)
+  names = "|".join(word_problems._NAMES)
+  things = "|".join(word_problems._THINGS)
+  rounds = []
+  for start in range(0, 60, 6):
+    found = [
+      re.sub(
+        f"{names}|{things}",
+        "X",
+        shape(domain.task(split, i).payload["question"]),
+      )
+      for i in range(start, start + 6)
+    ]
+    assert len(set(found)) == 6
+    rounds.append(tuple(found))
+  assert len(set(rounds)) > 1  # the order within a round is shuffled
