@@ -248,9 +248,14 @@ class Runner:
     )
     last_R = jnp.maximum(length_R - 1, 0)
     hidden_RD = jnp.take_along_axis(hidden_RCD, last_R[:, None, None], 1)[:, 0]
+    # The head always sees the same number of rows, so that logits do not depend
+    # on the size of the step, to the last bit.
+    rows = len(slot_R)
+    padding = ((0, self.config.slots - rows), (0, 0))
+    logits_RV = decoder.logits(jnp.pad(hidden_RD, padding))[:rows]
     seed_R, temperature_R, top_k_R, top_p_R = sampling
     sampled = sampling_lib.sample(
-      decoder.logits(hidden_RD),
+      logits_RV,
       seed_R,
       start_R + length_R,
       temperature_R,
