@@ -27,7 +27,28 @@ def section[T](
   Raises:
     ConfigError: an unknown key, naming the nearest field.
   """
-  known = {field.name for field in dataclasses.fields(cls)} - given.keys()
+  [part] = shared_section(values, name, (cls, given))
+  return part
+
+
+def shared_section(
+  values: Mapping[str, Any], name: str, *parts: tuple[type, Mapping[str, Any]]
+) -> list[Any]:
+  """Builds several components' dataclasses from the section they share.
+
+  Args:
+    values: the section; each key must be a field of one of the parts.
+    name: the section's name, for error messages.
+    *parts: dataclasses, each with the fields that the section does not hold.
+
+  Raises:
+    ConfigError: an unknown key, naming the nearest field.
+  """
+  fields = [
+    {field.name for field in dataclasses.fields(cls)} - given.keys()
+    for cls, given in parts
+  ]
+  known = set().union(*fields)
   for key in values:
     if key not in known:
       near = difflib.get_close_matches(key, known, 1)
@@ -37,16 +58,10 @@ def section[T](
     key: tuple(value) if isinstance(value, list) else value
     for key, value in values.items()
   }
-  return cls(**plain, **given)
-
-
-def split(
-  values: Mapping[str, Any], cls: type
-) -> tuple[dict[str, Any], dict[str, Any]]:
-  """Divides a section that two dataclasses share: (fields of cls, the rest)."""
-  names = {field.name for field in dataclasses.fields(cls)}
-  mine = {key: value for key, value in values.items() if key in names}
-  return mine, {k: v for k, v in values.items() if k not in names}
+  return [
+    cls(**{k: v for k, v in plain.items() if k in mine}, **given)
+    for (cls, given), mine in zip(parts, fields, strict=True)
+  ]
 
 
 def defaults(cls: type, *without: str, **changes: Any) -> dict[str, Any]:

@@ -131,7 +131,7 @@ class Sample:
   logprobs: np.ndarray  # float32 [R], behaviour policy
   advantages: np.ndarray  # float32 [R]
   weights: np.ndarray  # float32 [R], factor of each token's loss term
-  versions: np.ndarray  # int32 [R]
+  versions: np.ndarray  # int32 [R]; -1 where weights were swapped on the way
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)

@@ -70,23 +70,22 @@ class Blueprint:
       for name, cls in _SECTIONS.items()
     }
     self.eval: evaluation.EvalConfig = self.parts["eval"]
-    step, rest = settings.split(values["trainer"], trainer.TrainerConfig)
-    self._step = settings.section(trainer.TrainerConfig, step, "trainer")
     packs: pack.PackConfig = self.parts["pack"]
-    self._update = settings.section(
-      update.UpdateConfig, rest, "trainer", block=packs.block
+    self._step, self._update = settings.shared_section(
+      values["trainer"],
+      "trainer",
+      (trainer.TrainerConfig, {}),
+      (update.UpdateConfig, {"block": packs.block}),
     )
     groups = self._step.groups_per_step
-    window, rest = settings.split(values["rollout"], windowed_fifo.WindowConfig)
-    self.window = settings.section(
-      windowed_fifo.WindowConfig,
-      window,
+    self.rollout, self.window = settings.shared_section(
+      values["rollout"],
       "rollout",
-      groups_per_step=groups,
-      total=self.steps * groups,
-    )
-    self.rollout = settings.section(
-      host.RolloutConfig, rest, "rollout", seed=self.seed
+      (host.RolloutConfig, {"seed": self.seed}),
+      (
+        windowed_fifo.WindowConfig,
+        {"groups_per_step": groups, "total": self.steps * groups},
+      ),
     )
     self._build_domains(values["domains"])
 
@@ -164,9 +163,9 @@ class Blueprint:
           f"config.domains.{name} is unknown; known: {sorted(_DOMAINS)}"
         )
       domain, config = _DOMAINS[name]
-      own, rest = settings.split(values, config)
-      self._weights[name] = rest.pop("weight", 1.0)
+      section = dict(values)
+      self._weights[name] = section.pop("weight", 1.0)
       section = settings.section(
-        config, own | rest, f"domains.{name}", seed=self.seed
+        config, section, f"domains.{name}", seed=self.seed
       )
       self.domains[name] = domain(section)

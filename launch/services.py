@@ -73,8 +73,12 @@ class Services:
     return self._host.stats() if self._host else {}
 
   def evaluate(self, split: str, count: int) -> evaluation.EvalResult:
-    """Plays a split's first tasks greedily with the engine's weights."""
-    return self._call(
+    """Plays a split's first tasks greedily with the engine's weights.
+
+    It leaves no trace in the engine's cache: training goes on, to the last
+    bit, as it would have without it.
+    """
+    result = self._call(
       evaluation.evaluate(
         list(self._domains.values()),
         split,
@@ -86,6 +90,8 @@ class Services:
         deadline_seconds=self._rollout.deadline_seconds,
       )
     )
+    self.engine.flush_cache()
+    return result
 
   async def _start(self) -> None:
     await self._gateway.start()

@@ -34,12 +34,19 @@ def test_an_unknown_key_names_the_nearest(key):
     settings.section(Part, {key: 1}, "part", seed=7)
 
 
-def test_defaults_and_split_undo_each_other():
-  values = settings.defaults(Part, "seed", rate=1.0) | {"other": 3}
-  assert settings.split(values, Part) == (
-    {"rate": 1.0, "sizes": (1, 2)},
-    {"other": 3},
+@dataclasses.dataclass(frozen=True)
+class Other:
+  width: int = 3
+
+
+def test_two_parts_share_a_section():
+  shared = settings.defaults(Part, "seed", rate=1.0) | {"width": 5}
+  parts = settings.shared_section(
+    shared, "both", (Part, {"seed": 2}), (Other, {})
   )
+  assert parts == [Part(1.0, (1, 2), 2), Other(5)]
+  with pytest.raises(errors.ConfigError, match="did you mean 'width'"):
+    settings.shared_section({"widht": 1}, "both", (Part, {}), (Other, {}))
 
 
 def test_differences_name_the_keys():

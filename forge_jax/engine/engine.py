@@ -148,8 +148,9 @@ class JaxEngine:
   def update_weights(self, weights: types.WeightsVersion) -> None:
     """See `engine.api.Engine.update_weights`; takes `params` only.
 
-    Cached prefixes of older weights are not given to new requests; running
-    requests keep theirs.
+    Cached prefixes of older weights serve no prompt any more, and prompts that
+    are being prefilled begin anew. A request that has sampled tokens keeps its
+    cache and goes on.
     """
     if weights.params is None:
       raise errors.EngineError(
@@ -158,6 +159,10 @@ class JaxEngine:
       )
     prepared = self._runner.prepare(weights.params)
     self._post("weights", (weights.version, prepared))
+
+  def flush_cache(self) -> None:
+    """Forgets cached prefixes: later requests reuse nothing from before."""
+    self._post("flush", None)
 
   def stats(self) -> Mapping[str, float]:
     """Totals since the start: tokens, seconds busy, cache use."""
@@ -245,9 +250,10 @@ class JaxEngine:
     elif kind == "abort":
       self._end(message, types.StopReason.ABORT, posts)
     else:
-      self.version, weights = message
-      self._runner.set_weights(weights)
-      self._scheduler.ledger.forget()
+      if kind == "weights":
+        self.version, weights = message
+        self._runner.set_weights(weights)
+      self._scheduler.forget()
 
   def _step(self, posts: list) -> None:
     step = self._scheduler.schedule()

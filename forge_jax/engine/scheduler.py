@@ -152,6 +152,18 @@ class Scheduler:
     if live is not None:
       self.ledger.release(live.slot)
 
+  def forget(self) -> None:
+    """Makes sure that nothing computed so far serves a further prompt.
+
+    Requests without a sampled token are prefilled anew; the others keep what
+    they have.
+    """
+    self.ledger.forget()
+    for live in self._live.values():
+      if not live.response:
+        live.committed = 0
+        self.ledger.restart(live.slot)
+
   def _admit(self) -> Iterator[tuple[int, int]]:
     """Gives slots to waiting requests; yields the cache rows to copy."""
     for live in list(self._waiting.values()):

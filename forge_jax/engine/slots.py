@@ -87,6 +87,10 @@ class SlotLedger:
     self._length[~self._live] = 0
     self._stale[self._live] = True
 
+  def restart(self, slot: int) -> None:
+    """Empties a live slot, to be computed anew."""
+    self._length[slot], self._stale[slot] = 0, False
+
   def _touch(self, slot: int) -> None:
     self._clock += 1
     self._used[slot] = self._clock

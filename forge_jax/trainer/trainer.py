@@ -21,6 +21,8 @@ from forge_jax.observe import names
 from forge_jax.trainer import credit, update
 from forge_jax.tree import pack as pack_lib
 
+_UNPUBLISHED = -2  # a version that no token carries
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainerConfig:
@@ -96,7 +98,7 @@ class Trainer:
         continue  # every advantage is 0: there is no gradient
       gradient = self._updater.zero_gradient(self.state)
       # Only the first update starts from the weights of version `step`.
-      version = self.step if i == 0 else -1
+      version = self.step if i == 0 else _UNPUBLISHED
       for batch in batches:
         gradient, new = self._updater.accumulate(
           self.state, gradient, batch, version

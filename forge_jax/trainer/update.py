@@ -160,8 +160,8 @@ class Updater:
       state: current weights.
       gradient: buffer to add to.
       batch: packs; B must be a multiple of the mesh's data axes.
-      version: the weights' version, or -1 when no token was sampled from
-        exactly these weights; selects the tokens of the mismatch figures.
+      version: the weights' version, which selects the tokens of the mismatch
+        figures; one that no token carries for weights never published.
 
     Returns:
       The buffer and the batch's metric sums, float32 scalars; see `merge_sums`.

@@ -110,6 +110,14 @@ async def test_turns_and_groups_reuse_the_cache_and_stay_exact(running):
   )
 
 
+async def test_a_flush_forgets_what_was_cached(running):
+  [prompt] = prompts(1, length=33)
+  first = await collect(running, request("a", prompt))
+  running.flush_cache()
+  again = await collect(running, request("b", prompt))
+  assert running.stats()["reused_tokens"] == 0 and again[:2] == first[:2]
+
+
 async def test_a_seed_gives_the_same_tokens_in_any_company(running):
   [prompt] = prompts(1)
   alone = await collect(running, request("alone", prompt, seed=5))

@@ -110,6 +110,25 @@ def test_finish_frees_a_waiting_and_a_live_request():
   assert len(sched) == 0 and sched.schedule() is None
 
 
+def test_forget_restarts_prefills_and_keeps_what_has_sampled():
+  sched = make()
+  sched.add(request("old", range(10)))
+  for _ in range(3):
+    sched.commit(sched.schedule(), [1])
+  sched.add(request("new", range(50, 60)))
+  step = sched.schedule()
+  while "new" not in [live.request.id for live in step.rows]:
+    sched.commit(step, [2] * len(step.rows))
+    step = sched.schedule()
+  sched.commit(step, [3] * len(step.rows))
+  old, new = (sched._live[name] for name in ("old", "new"))
+  kept = old.committed
+  assert new.committed == 4 and not new.response
+  sched.forget()
+  assert new.committed == 0 and old.committed == kept and old.response
+  assert not sched.ledger.shared(np.arange(10, dtype=np.int32)).any()
+
+
 @pytest.mark.parametrize(
   "a, b, expected", [([1, 2, 3], [1, 2, 4], 2), ([1], [1, 2], 1), ([], [1], 0)]
 )
