@@ -35,7 +35,14 @@ from launch import recorder as recorder_lib
 from launch import services as services_lib
 
 # What a continued run may change.
-_MAY_DIFFER = ("steps:", "question:", "checkpoint.", "eval.", "observe.")
+_MAY_DIFFER = (
+  "steps:",
+  "question:",
+  "checkpoint.",
+  "eval.",
+  "gateway.",
+  "observe.",
+)
 
 
 class LocalRun:
@@ -58,12 +65,18 @@ class LocalRun:
     """Trains to the configured step and reports, or stops at Ctrl-C."""
     plan = self._plan
     keep_compilations()
-    self._workdir.mkdir(parents=True, exist_ok=True)
-    journal.write_atomically(
-      self._workdir / "config.json", json.dumps(self._values, indent=2) + "\n"
-    )
     with contextlib.ExitStack() as stack:
       stop = stack.enter_context(loop.StopSignal())
+      decoder = plan.load_decoder()
+      updater = plan.updater(decoder)
+      trainer = plan.trainer(updater, decoder.config.vocab_size)
+      del decoder  # its buffers now belong to the trainer's state
+      # The model is good: only now is anything written.
+      self._workdir.mkdir(parents=True, exist_ok=True)
+      journal.write_atomically(
+        self._workdir / "config.json",
+        json.dumps(self._values, indent=2) + "\n",
+      )
       store = stack.enter_context(
         store_lib.DataPool.open(self._workdir / "pool")
       )
@@ -71,10 +84,6 @@ class LocalRun:
         self._workdir, plan.parts["checkpoint"]
       )
       stack.callback(checkpointer.close)
-      decoder = plan.load_decoder()
-      updater = plan.updater(decoder)
-      trainer = plan.trainer(updater, decoder.config.vocab_size)
-      del decoder  # its buffers now belong to the trainer's state
       queue = queue_lib.GroupQueue(store, plan.window)
       stack.callback(queue.close)
       loop.restore(trainer, queue, checkpointer)

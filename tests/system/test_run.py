@@ -213,6 +213,13 @@ def test_a_working_directory_keeps_one_configuration(values, tmp_path):
     local.LocalRun(values | {"seed": 5}, tmp_path)
 
 
+def test_a_run_that_cannot_start_leaves_nothing_behind(values, tmp_path):
+  values["model"]["path"] = str(tmp_path / "none.gguf")
+  with pytest.raises(errors.CheckpointError, match="no such file"):
+    local.LocalRun(values, tmp_path / "run").train()
+  assert not (tmp_path / "run").exists()
+
+
 def test_unknown_keys_are_named_with_the_nearest(values, tmp_path):
   values["trainer"]["groups_per_stp"] = 4
   with pytest.raises(errors.ConfigError, match="'groups_per_step'"):
