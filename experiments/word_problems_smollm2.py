@@ -11,6 +11,11 @@ Short run: the same with --config.steps=3
 Synchronous and repeatable: --config.rollout.max_lag=0
 Other seed: --config.seed=1 --workdir=runs/seed1
 Hardware:  two CPU cores, 7 GB.
+Result:    greedy success on 200 held-out questions, seeds 0, 1, 2:
+           29.0% -> 98.5%, 29.0% -> 100.0%, 29.0% -> 100.0%;
+           on 60 questions in unseen phrasings:
+           48.3% -> 78.3%, 48.3% -> 95.0%, 48.3% -> 96.7%.
+           Eight to twelve minutes a run.
 """
 
 import ml_collections
