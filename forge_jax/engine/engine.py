@@ -25,14 +25,9 @@ from forge_jax.model import decoder as decoder_lib
 
 
 @dataclasses.dataclass(frozen=True)
-class EngineConfig:
-  """Sizes and policies of the built-in engine."""
+class EngineConfig(runner_lib.RunnerConfig):
+  """Sizes of the runner and policies of the built-in engine."""
 
-  slots: int = 64  # sequences whose cache is kept
-  context: int = 512  # most tokens of a sequence, prompt and response
-  decode_rows: tuple[int, ...] = (1, 8, 64)  # buckets of a decode step's rows
-  prefill_rows: tuple[int, ...] = (4, 16)  # buckets of a prefill step's rows
-  prefill_chunk: int = 16  # prompt tokens of one row in a prefill step
   prefill_patience: int = 4  # decode steps a part-filled prefill step waits
 
 
@@ -69,16 +64,7 @@ class JaxEngine:
     self.config = config
     self.version = version
     self._decode_text = decode_text
-    self._runner = runner_lib.Runner(
-      decoder,
-      runner_lib.RunnerConfig(
-        slots=config.slots,
-        context=config.context,
-        decode_rows=config.decode_rows,
-        prefill_rows=config.prefill_rows,
-        prefill_chunk=config.prefill_chunk,
-      ),
-    )
+    self._runner = runner_lib.Runner(decoder, config)
     self._scheduler = scheduler_lib.Scheduler(
       scheduler_lib.SchedulerConfig(
         slots=config.slots,
