@@ -121,20 +121,11 @@ class Checkpointer:
     Raises:
       CheckpointError: there is no such checkpoint, or it does not fit.
     """
-    step = self._step(step)
-    with _readable(step, self.folder):
-      restored = self._manager.restore(
-        step,
-        args=ocp.args.Composite(
-          params=ocp.args.StandardRestore(
-            _abstract(decoder_lib.flatten(template.params))
-          ),
-          optimizer=ocp.args.StandardRestore(
-            _abstract(_flat(template.opt_state))
-          ),
-          host=ocp.args.JsonRestore(),
-        ),
-      )
+    restored = self._read(
+      step,
+      params=decoder_lib.flatten(template.params),
+      optimizer=_flat(template.opt_state),
+    )
     params = decoder_lib.unflatten(template.params, restored["params"])
     opt_state = _unflat(template.opt_state, restored["optimizer"])
     return update.TrainState(params, opt_state), restored["host"]
@@ -156,18 +147,8 @@ class Checkpointer:
     Raises:
       CheckpointError: there is no such checkpoint, or it does not fit.
     """
-    step = self._step(step)
     graph, template = nnx.split(decoder)
-    with _readable(step, self.folder):
-      restored = self._manager.restore(
-        step,
-        args=ocp.args.Composite(
-          params=ocp.args.StandardRestore(
-            _abstract(decoder_lib.flatten(template))
-          ),
-          host=ocp.args.JsonRestore(),
-        ),
-      )
+    restored = self._read(step, params=decoder_lib.flatten(template))
     state = decoder_lib.unflatten(template, restored["params"])
     return nnx.merge(graph, state), restored["host"]
 
@@ -175,27 +156,58 @@ class Checkpointer:
     """Releases Orbax's threads."""
     self._manager.close()
 
-  def _step(self, step: int | None) -> int:
+  def _read(
+    self, step: int | None, **items: Mapping[str, jax.Array]
+  ) -> Mapping[str, Any]:
+    """The named items and the host values, shaped and placed as given."""
     step = self.latest_step if step is None else step
     if step is None:
       raise errors.CheckpointError(f"there is no checkpoint in {self.folder}")
-    return step
+    where = f"checkpoint of step {step} in {self.folder}"
+    try:
+      # Orbax reads all arrays at once, and when one does not fit it leaves the
+      # others' reads running: what does not fit is found before any is read.
+      stored = self._manager.item_metadata(step)
+      for item, template in items.items():
+        _check_fits(where, item, stored[item], template)
+      return self._manager.restore(
+        step,
+        args=ocp.args.Composite(
+          host=ocp.args.JsonRestore(),
+          **{
+            item: ocp.args.StandardRestore(_abstract(template))
+            for item, template in items.items()
+          },
+        ),
+      )
+    except (OSError, ValueError, KeyError, TypeError) as e:
+      raise errors.CheckpointError(f"{where} could not be read: {e}") from e
 
 
-class _readable:
-  """Turns a failed read into a CheckpointError that names the checkpoint."""
-
-  def __init__(self, step: int, folder: pathlib.Path):
-    self._where = f"checkpoint of step {step} in {folder}"
-
-  def __enter__(self):
-    return self
-
-  def __exit__(self, kind, e, traceback):
-    if isinstance(e, (OSError, ValueError, KeyError, TypeError)):
+def _check_fits(
+  where: str,
+  item: str,
+  stored: Mapping[str, Any] | None,
+  template: Mapping[str, jax.Array],
+) -> None:
+  """Raises CheckpointError unless an item's arrays are the template's."""
+  if stored is None:
+    raise errors.CheckpointError(f"{where} has no {item}")
+  missing, unknown = (
+    template.keys() - stored.keys(),
+    stored.keys() - template.keys(),
+  )
+  if missing or unknown:
+    raise errors.CheckpointError(
+      f"{where} does not fit, {item}: missing {sorted(missing)}, "
+      f"unknown {sorted(unknown)}"
+    )
+  for name, leaf in template.items():
+    if tuple(stored[name].shape) != leaf.shape:
       raise errors.CheckpointError(
-        f"{self._where} could not be read: {e}"
-      ) from e
+        f"{where} does not fit, {item} {name}: expected shape {leaf.shape}, "
+        f"found {tuple(stored[name].shape)}"
+      )
 
 
 def _flat(tree: Any) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Checkpoints: whole or not at all."""
 
 import collections
-import gc
+import dataclasses
 import pathlib
 import shutil
 import sys
@@ -94,13 +94,15 @@ def test_a_write_that_fails_leaves_nothing_behind(
   assert kept == ["1"]
 
 
-# Orbax leaves the other arrays' failed reads to the garbage collector.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_missing_or_unfit_checkpoint_is_named(checkpointer, state):
   with pytest.raises(errors.CheckpointError, match="no checkpoint"):
     checkpointer.restore(state)
+  with pytest.raises(errors.CheckpointError, match="step 7"):
+    checkpointer.restore(state, step=7)
   checkpointer.save(1, state, {})
   wrong = jax.tree.map(lambda x: x[..., :1] if x.ndim else x, state)
-  with pytest.raises(errors.CheckpointError, match="step 1"):
+  with pytest.raises(errors.CheckpointError, match=r"step 1.*expected shape"):
     checkpointer.restore(wrong)
-  gc.collect()
+  other = dataclasses.replace(state, opt_state=())
+  with pytest.raises(errors.CheckpointError, match=r"step 1.*unknown \["):
+    checkpointer.restore(other)
