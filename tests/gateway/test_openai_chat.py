@@ -33,7 +33,7 @@ def test_everything_that_is_honoured():
       "response_format": {"type": "text"},
     }
   )
-  turn = request.turn
+  turn = request.turns[0]
   assert (turn.max_tokens, turn.temperature, turn.top_p) == (7, 0, 0.5)
   assert (turn.seed, turn.stop, turn.tools) == (11, ("X",), (TOOL,))
   assert request.stream and request.include_usage and request.logprobs
@@ -41,14 +41,14 @@ def test_everything_that_is_honoured():
 
 
 def test_what_is_not_asked_for_is_left_open():
-  turn = openai_chat.parse(BASE).turn
+  turn = openai_chat.parse(BASE).turns[0]
   assert turn.max_tokens is turn.temperature is turn.top_p is turn.seed is None
   assert turn.stop == turn.tools == ()
 
 
 def test_tool_choice_none_takes_the_tools_away():
   body = {**BASE, "tools": [TOOL], "tool_choice": "none"}
-  assert openai_chat.parse(body).turn.tools == ()
+  assert openai_chat.parse(body).turns[0].tools == ()
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_tool_choice_none_takes_the_tools_away():
       },
       "messages[0].tool_calls[0].function.arguments",
     ),
-    ({"n": 2}, "n"),
+    ({"n": 0}, "n"),
     ({"best_of": 2}, "best_of"),
     ({"top_logprobs": 3}, "top_logprobs"),
     ({"logprobs": 1}, "logprobs"),
@@ -158,7 +158,7 @@ def test_messages_are_brought_to_one_form():
     },
     {"role": "tool", "tool_call_id": "1", "content": "c"},
   ]
-  turn = openai_chat.parse({**BASE, "messages": messages}).turn
+  turn = openai_chat.parse({**BASE, "messages": messages}).turns[0]
   function = {"name": "f", "arguments": "{}"}
   assert turn.messages == [
     {"role": "system", "content": "be brief"},

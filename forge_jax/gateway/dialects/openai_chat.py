@@ -5,17 +5,20 @@ to one form: role `developer` becomes `system`, a list of text parts becomes
 their concatenation, an absent content the empty string.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import dataclasses
-import json
 import time
 from typing import Any
 
 from openai.types import chat
 
-from forge_jax import errors, types
-from forge_jax.gateway import generation, refusal, render
-from forge_jax.gateway.dialects import fields
+from forge_jax import types
+from forge_jax.gateway import generation, refusal, render, sessions
+from forge_jax.gateway.dialects import fields, openai_errors
+
+PATH = "/chat/completions"
+error = openai_errors.error
+error_event = openai_errors.error_event
 
 # Accounting only: they change nothing about what is sampled.
 _IGNORED = frozenset(
@@ -34,7 +37,6 @@ _NEUTRAL: Mapping[str, Any] = {
   "frequency_penalty": 0,
   "logit_bias": {},
   "modalities": ["text"],
-  "n": 1,
   "parallel_tool_calls": True,
   "presence_penalty": 0,
   "response_format": {"type": "text"},
@@ -46,6 +48,7 @@ _KNOWN = _IGNORED | {
   "max_tokens",
   "messages",
   "model",
+  "n",
   "return_token_ids",
   "seed",
   "stop",
@@ -56,6 +59,7 @@ _KNOWN = _IGNORED | {
   "tools",
   "top_p",
 }
+_MOST_CHOICES = 128
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _FINISH = {
   types.StopReason.STOP: "stop",
@@ -68,20 +72,64 @@ class ChatRequest:
   """A request: what to sample, and how to say it."""
 
   model: str
-  turn: generation.Turn
+  turns: tuple[generation.Turn, ...]
   stream: bool = False
   include_usage: bool = False
   logprobs: bool = False
   return_token_ids: bool = False
 
+  def reply(
+    self, choices: Sequence[generation.Generation], renderer: render.Renderer
+  ) -> str:
+    """The JSON of a finished completion."""
+    value: dict[str, Any] = {
+      "id": f"chatcmpl-{choices[0].plan.request_id}",
+      "object": "chat.completion",
+      "created": int(time.time()),
+      "model": self.model,
+      "choices": [
+        self._choice(n, choice, renderer) for n, choice in enumerate(choices)
+      ],
+      "usage": _usage(choices),
+    }
+    if self.return_token_ids:
+      value["prompt_token_ids"] = choices[0].plan.prompt_ids
+    return chat.ChatCompletion.model_validate(value).model_dump_json(
+      exclude_unset=True
+    )
 
-def parse(body: Any) -> ChatRequest:
+  def events(
+    self, choices: Sequence[generation.Generation], renderer: render.Renderer
+  ) -> "ChatStream":
+    """The writer of a streamed completion."""
+    return ChatStream(self, choices, renderer)
+
+  def _choice(
+    self, number: int, generated: generation.Generation, renderer
+  ) -> dict[str, Any]:
+    choice: dict[str, Any] = {
+      "index": number,
+      "finish_reason": _finish_reason(generated),
+      "message": {"refusal": None, **generated.message()},
+      "logprobs": None,
+    }
+    if self.logprobs:
+      choice["logprobs"] = _logprobs(
+        renderer, generated.token_ids, generated.logprobs
+      )
+    if self.return_token_ids:
+      choice["token_ids"] = generated.token_ids
+    return choice
+
+
+def parse(body: Any, session: sessions.Session | None = None) -> ChatRequest:
   """Reads a request's JSON.
 
   Raises:
     Refusal: something is missing, malformed or not supported; it names the
       parameter.
   """
+  del session  # a request of this protocol holds its whole conversation
   if not isinstance(body, dict):
     raise refusal.Refusal("the body must be a JSON object")
   body = {name: value for name, value in body.items() if value is not None}
@@ -96,53 +144,28 @@ def parse(body: Any) -> ChatRequest:
   max_tokens = [
     fields.number(body, k, int, 1, None) for k in limits if k in body
   ]
+  count = fields.number(body, "n", int, 1, _MOST_CHOICES) or 1
+  seed = fields.number(body, "seed", int, 0, 2**63 - 1)
+  turn = generation.Turn(
+    messages=_messages(fields.field(body, "messages", list)),
+    tools=tools,
+    max_tokens=min(max_tokens, default=None),
+    temperature=fields.number(body, "temperature", float, 0, 2),
+    top_p=fields.number(body, "top_p", float, 0, 1),
+    seed=seed,
+    stop=_stop(body.get("stop", [])),
+  )
   return ChatRequest(
     model=fields.field(body, "model", str),
-    turn=generation.Turn(
-      messages=_messages(fields.field(body, "messages", list)),
-      tools=tools,
-      max_tokens=min(max_tokens, default=None),
-      temperature=fields.number(body, "temperature", float, 0, 2),
-      top_p=fields.number(body, "top_p", float, 0, 1),
-      seed=fields.number(body, "seed", int, 0, 2**63 - 1),
-      stop=_stop(body.get("stop", [])),
+    turns=tuple(
+      # A seed names the first choice; the others' follow it.
+      turn if seed is None else dataclasses.replace(turn, seed=seed + n)
+      for n in range(count)
     ),
     stream=fields.field(body, "stream", bool, False),
     include_usage=_include_usage(options),
     logprobs=fields.field(body, "logprobs", bool, False),
     return_token_ids=fields.field(body, "return_token_ids", bool, False),
-  )
-
-
-def completion(
-  request: ChatRequest,
-  generated: generation.Generation,
-  renderer: render.Renderer,
-) -> str:
-  """The JSON of a finished completion."""
-  choice: dict[str, Any] = {
-    "index": 0,
-    "finish_reason": _finish_reason(generated),
-    "message": {"refusal": None, **generated.message()},
-    "logprobs": None,
-  }
-  if request.logprobs:
-    choice["logprobs"] = _logprobs(
-      renderer, generated.token_ids, generated.logprobs
-    )
-  value: dict[str, Any] = {
-    "id": f"chatcmpl-{generated.plan.request_id}",
-    "object": "chat.completion",
-    "created": int(time.time()),
-    "model": request.model,
-    "choices": [choice],
-    "usage": _usage(generated),
-  }
-  if request.return_token_ids:
-    value["prompt_token_ids"] = generated.plan.prompt_ids
-    choice["token_ids"] = generated.token_ids
-  return chat.ChatCompletion.model_validate(value).model_dump_json(
-    exclude_unset=True
   )
 
 
@@ -152,16 +175,16 @@ class ChatStream:
   def __init__(
     self,
     request: ChatRequest,
-    generated: generation.Generation,
+    choices: Sequence[generation.Generation],
     renderer: render.Renderer,
   ):
     self._request = request
-    self._generated = generated
+    self._choices = choices
     self._renderer = renderer
     self._created = int(time.time())
-    self._first = True
+    self._begun: set[int] = set()  # choices whose role has been sent
 
-  def delta(self, delta: generation.Delta) -> str:
+  def delta(self, choice: int, delta: generation.Delta) -> str:
     """The events of new tokens; empty if there is nothing to send."""
     said: dict[str, Any] = {}
     if delta.reasoning:
@@ -175,38 +198,49 @@ class ChatStream:
       )
     if self._request.return_token_ids and delta.token_ids:
       extra["token_ids"] = list(delta.token_ids)
-    if not (said or extra or self._first):
+    if not (said or extra) and choice in self._begun:
       return ""
-    return self._event(said, None, extra)
+    return self._event(choice, said, None, extra)
 
   def end(self) -> str:
     """The events that finish the stream."""
-    calls = self._generated.message().get("tool_calls", ())
-    events = [
-      self._event({"tool_calls": [{"index": n, **call}]}, None, {})
-      for n, call in enumerate(calls)
-    ]
-    events.append(self._event({}, _finish_reason(self._generated), {}))
+    events = []
+    for n, generated in enumerate(self._choices):
+      calls = generated.message().get("tool_calls", ())
+      events += [
+        self._event(n, {"tool_calls": [{"index": i, **call}]}, None, {})
+        for i, call in enumerate(calls)
+      ]
+      events.append(self._event(n, {}, _finish_reason(generated), {}))
     if self._request.include_usage:
-      usage = {"choices": [], "usage": _usage(self._generated)}
+      usage = {"choices": [], "usage": _usage(self._choices)}
       events.append(self._chunk(usage))
     return "".join(events) + "data: [DONE]\n\n"
 
   def _event(
-    self, delta: dict[str, Any], finish: str | None, extra: dict[str, Any]
+    self,
+    number: int,
+    delta: dict[str, Any],
+    finish: str | None,
+    extra: dict[str, Any],
   ) -> str:
     top = {}
-    if self._first:
+    if number not in self._begun:
       delta = {"role": "assistant", "content": "", **delta}
-      if self._request.return_token_ids:
-        top["prompt_token_ids"] = self._generated.plan.prompt_ids
-      self._first = False
-    choice = {"index": 0, "delta": delta, "finish_reason": finish, **extra}
+      if self._request.return_token_ids and not self._begun:
+        top["prompt_token_ids"] = self._choices[0].plan.prompt_ids
+      self._begun.add(number)
+    choice = {
+      "index": number,
+      "delta": delta,
+      "finish_reason": finish,
+      **extra,
+    }
     return self._chunk({"choices": [choice], **top})
 
   def _chunk(self, fields: dict[str, Any]) -> str:
     value = {
-      "id": f"chatcmpl-{self._generated.plan.request_id}",
+      "id": f"chatcmpl-{self._choices[0].plan.request_id}",
       "object": "chat.completion.chunk",
       "created": self._created,
       "model": self._request.model,
@@ -216,34 +250,15 @@ class ChatStream:
     return f"data: {chunk.model_dump_json(exclude_unset=True)}\n\n"
 
 
-def error(failure: BaseException) -> tuple[int, dict[str, Any]]:
-  """The HTTP status and the JSON of a failed request."""
-  status, param, code = 500, None, None
-  message = "the server failed; its log says why"
-  if isinstance(failure, refusal.Refusal):
-    status, param, code = failure.status, failure.param, failure.code
-    message = str(failure)
-  elif isinstance(failure, errors.ContextOverflowError):
-    status, param, code = 400, "messages", "context_length_exceeded"
-    message = str(failure)
-  elif isinstance(failure, errors.ForgeError):
-    message = str(failure)
-  kind = {401: "authentication_error"}.get(status, "invalid_request_error")
-  if status >= 500:
-    kind = "server_error"
-  return status, {
-    "error": {"message": message, "type": kind, "param": param, "code": code}
-  }
-
-
 def _finish_reason(generated: generation.Generation) -> str:
   if generated.reply.tool_calls:
     return "tool_calls"
   return _FINISH[generated.stop_reason]
 
 
-def _usage(generated: generation.Generation) -> dict[str, int]:
-  prompt, sampled = len(generated.plan.prompt_ids), len(generated.token_ids)
+def _usage(choices: Sequence[generation.Generation]) -> dict[str, int]:
+  prompt = len(choices[0].plan.prompt_ids)
+  sampled = sum(len(choice.token_ids) for choice in choices)
   return {
     "prompt_tokens": prompt,
     "completion_tokens": sampled,
@@ -375,8 +390,3 @@ def _include_usage(options: dict[str, Any]) -> bool:
   return fields.field(
     options, "include_usage", bool, False, where="stream_options"
   )
-
-
-def encode_error(failure: BaseException) -> str:
-  """A failure as a server-sent event, for a stream that has begun."""
-  return f"data: {json.dumps(error(failure)[1])}\n\n"

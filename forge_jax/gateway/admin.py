@@ -1,0 +1,126 @@
+"""The admin routes: what opens, scores, inspects and closes sessions.
+
+  POST /admin/sessions               {id, seed, sampling} -> {id, api_key}
+  GET  /admin/sessions/<id>          counts
+  GET  /admin/sessions/<id>/forest   the captured forest so far
+  POST /admin/sessions/<id>/rewards  {rewards: [...]}
+  POST /admin/sessions/<id>/close    -> {completions: [...], rewards: [...]}
+
+All need the admin token, which is compared in constant time.
+"""
+
+import hmac
+from typing import Any
+
+from aiohttp import web
+
+from forge_jax.gateway import http, refusal, session_table, sessions, wire
+
+_SAMPLING = {  # name -> (type, lowest, highest)
+  "temperature": (float, 0.0, 2.0),
+  "top_p": (float, 0.0, 1.0),
+  "top_k": (int, 0, 2**31 - 1),
+}
+
+
+class AdminRoutes:
+  """Handlers over one table of sessions."""
+
+  def __init__(self, table: session_table.SessionTable, token: str):
+    """`token` is what a request must bear."""
+    self._table = table
+    self._token = session_table.key_digest(token)
+
+  def routes(self) -> list[web.RouteDef]:
+    """The routes and their handlers."""
+    base = "/admin/sessions"
+    return [
+      web.post(base, self._open),
+      web.get(base + "/{id}", self._summary),
+      web.get(base + "/{id}/forest", self._forest),
+      web.post(base + "/{id}/rewards", self._rewards),
+      web.post(base + "/{id}/close", self._close),
+    ]
+
+  async def _open(self, request: web.Request) -> web.Response:
+    self._check(request)
+    id, seed, sampling = _opening(await http.read_json(request))
+    session, api_key = self._table.open(id, seed, sampling)
+    return web.json_response({"id": session.id, "api_key": api_key})
+
+  async def _summary(self, request: web.Request) -> web.Response:
+    return web.json_response(self._session(request).summary())
+
+  async def _forest(self, request: web.Request) -> web.Response:
+    session = self._session(request)
+    return web.json_response({"id": session.id, "nodes": session.forest()})
+
+  async def _rewards(self, request: web.Request) -> web.Response:
+    session = self._session(request)
+    body = await http.read_json(request)
+    rewards = body.get("rewards") if isinstance(body, dict) else None
+    if not isinstance(rewards, list):
+      raise refusal.Refusal("a list of rewards is required", param="rewards")
+    try:
+      parsed = [wire.reward_from_json(reward) for reward in rewards]
+    except (ValueError, TypeError) as error:
+      raise refusal.Refusal(str(error), param="rewards") from error
+    session.rewards += parsed
+    return web.json_response({"rewards": len(session.rewards)})
+
+  async def _close(self, request: web.Request) -> web.Response:
+    session = self._session(request)
+    await self._table.close(session)
+    return web.json_response(
+      {
+        "completions": [
+          wire.completion_to_json(c) for c in session.completions()
+        ],
+        "rewards": [wire.reward_to_json(r) for r in session.rewards],
+      }
+    )
+
+  def _session(self, request: web.Request) -> sessions.Session:
+    self._check(request)
+    return self._table.by_id(request.match_info["id"])
+
+  def _check(self, request: web.Request) -> None:
+    given = session_table.key_digest(http.bearer(request))
+    if not hmac.compare_digest(given, self._token):
+      raise refusal.Refusal(
+        "the admin token is missing or wrong",
+        status=401,
+        code="invalid_api_key",
+      )
+
+
+def _opening(body: Any) -> tuple[str, int, dict[str, float]]:
+  """The id, the seed and the sampling defaults of a session to open."""
+  if not isinstance(body, dict):
+    raise refusal.Refusal("the body must be a JSON object")
+  id, seed = body.get("id"), body.get("seed", 0)
+  if not isinstance(id, str) or not 0 < len(id) <= 256:
+    raise refusal.Refusal("id: must be 1 to 256 characters", param="id")
+  if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+    raise refusal.Refusal("seed: must be an integer >= 0", param="seed")
+  sampling = body.get("sampling") or {}
+  if not isinstance(sampling, dict):
+    raise refusal.Refusal("sampling: must be an object", param="sampling")
+  for name, value in sampling.items():
+    if name not in _SAMPLING:
+      raise refusal.Refusal(
+        f"sampling.{name}: known are {sorted(_SAMPLING)}",
+        param=f"sampling.{name}",
+      )
+    kind, low, high = _SAMPLING[name]
+    kinds = int if kind is int else int | float
+    if (
+      isinstance(value, bool)
+      or not isinstance(value, kinds)
+      or not low <= value <= high
+    ):
+      raise refusal.Refusal(
+        f"sampling.{name}: must be from {low} to {high}, not {value!r}",
+        param=f"sampling.{name}",
+      )
+  return id, seed, sampling

@@ -1,0 +1,84 @@
+"""Reading requests, and giving every failure its status and its JSON."""
+
+from collections.abc import Awaitable, Callable, Mapping
+import json
+import logging
+from typing import Any
+
+from aiohttp import web
+
+from forge_jax.gateway import refusal
+
+_log = logging.getLogger(__name__)
+
+# The HTTP status and the JSON of a failed request, in a protocol's shape.
+ErrorShape = Callable[[BaseException], tuple[int, Mapping[str, Any]]]
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+async def read_json(request: web.Request) -> Any:
+  """The JSON of a request's body.
+
+  Raises:
+    Refusal: it is not JSON, or holds what is no text.
+  """
+  body = await request.read()
+  try:
+    value = json.loads(body)
+    if b"\\ud" in body.lower():  # escapes can spell what is no text
+      json.dumps(value, ensure_ascii=False).encode()
+  except (ValueError, RecursionError) as error:
+    raise refusal.Refusal(f"the body is not JSON: {error}") from error
+  return value
+
+
+def bearer(request: web.Request) -> str:
+  """The key of the Authorization header; empty if there is none."""
+  scheme, _, token = request.headers.get("Authorization", "").partition(" ")
+  return token.strip() if scheme.lower() == "bearer" else ""
+
+
+def api_key(request: web.Request) -> str:
+  """The session key that a request bears; empty if there is none.
+
+  OpenAI's clients send `Authorization: Bearer`, Anthropic's `x-api-key` or
+  either.
+  """
+  return bearer(request) or request.headers.get("x-api-key", "").strip()
+
+
+def error_middleware(shape_of: Callable[[web.Request], ErrorShape]) -> Any:
+  """A middleware that is the boundary of every request.
+
+  Args:
+    shape_of: gives the shape of a request's errors.
+  """
+
+  @web.middleware
+  async def answer(
+    request: web.Request, handler: Handler
+  ) -> web.StreamResponse:
+    try:
+      return await handler(request)
+    except web.HTTPException as error:
+      failure: Exception = refusal.Refusal(error.reason, status=error.status)
+    except ConnectionResetError:
+      raise
+    except RecursionError:
+      failure = refusal.Refusal("the body is nested too deeply")
+    except Exception as error:  # the boundary of a request
+      failure = error
+    status, body = shape_of(request)(failure)
+    if status == 500:
+      _log.error(
+        "%s %s failed", request.method, _safe_path(request), exc_info=failure
+      )
+    return web.json_response(body, status=status)
+
+  return answer
+
+
+def _safe_path(request: web.Request) -> str:
+  """The route without the key that a URL may hold."""
+  resource = request.match_info.route.resource
+  return resource.canonical if resource else "an unknown path"

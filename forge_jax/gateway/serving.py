@@ -1,0 +1,124 @@
+"""One request, from its JSON to its reply, in any dialect.
+
+The choices of a request are sampled at the same time. A client that goes away
+aborts them; what was sampled until then is kept (see `generation`).
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+import contextlib
+import logging
+
+from aiohttp import web
+
+from forge_jax import errors
+from forge_jax.engine import api
+from forge_jax.gateway import generation, http, render, sessions
+from forge_jax.gateway.dialects import base
+
+_log = logging.getLogger(__name__)
+
+_Deltas = AsyncIterator[tuple[int, generation.Delta]]
+
+
+async def complete(
+  dialect: base.Dialect,
+  request: web.Request,
+  session: sessions.Session,
+  engine: api.Engine,
+  renderer: render.Renderer,
+) -> web.StreamResponse:
+  """Serves a request of a session.
+
+  Raises:
+    ForgeError: it is refused, or fails before its first token.
+  """
+  asked = dialect.parse(await http.read_json(request), session)
+  async with contextlib.AsyncExitStack() as stack:
+    choices = [
+      await stack.enter_async_context(
+        generation.Generation(engine, renderer, session, turn)
+      )
+      for turn in asked.turns
+    ]
+    if asked.stream:
+      events = asked.events(choices, renderer)
+      return await _stream(dialect, request, choices, events)
+    async with contextlib.aclosing(_deltas(choices, False)) as deltas:
+      async for _ in deltas:
+        pass
+    return web.Response(
+      text=asked.reply(choices, renderer), content_type="application/json"
+    )
+
+
+async def _stream(
+  dialect: base.Dialect,
+  request: web.Request,
+  choices: Sequence[generation.Generation],
+  events: base.Events,
+) -> web.StreamResponse:
+  response = web.StreamResponse(
+    headers={
+      "Content-Type": "text/event-stream",
+      "Cache-Control": "no-cache",
+    }
+  )
+  async with contextlib.aclosing(_deltas(choices, True)) as deltas:
+    # A request refused before its first token gets a status of its own.
+    first = await anext(deltas)
+    await response.prepare(request)
+    try:
+      if text := events.delta(*first):
+        await response.write(text.encode())
+      async for choice, delta in deltas:
+        if text := events.delta(choice, delta):
+          await response.write(text.encode())
+      await response.write(events.end().encode())
+    except ConnectionResetError:
+      raise
+    except Exception as error:  # the boundary of a request that has begun
+      if not isinstance(error, errors.ForgeError):
+        _log.exception("a streamed request failed")
+      await response.write(dialect.error_event(error).encode())
+  await response.write_eof()
+  return response
+
+
+async def _deltas(
+  choices: Sequence[generation.Generation], incremental: bool
+) -> _Deltas:
+  """The deltas of all choices as they come, each with its choice's number."""
+  if len(choices) == 1:
+    async with contextlib.aclosing(choices[0].deltas(incremental)) as deltas:
+      async for delta in deltas:
+        yield 0, delta
+    return
+  arrived: asyncio.Queue[tuple[int, generation.Delta | Exception | None]] = (
+    asyncio.Queue()
+  )
+
+  async def sample(number: int) -> None:
+    end = None
+    try:
+      async for delta in choices[number].deltas(incremental):
+        arrived.put_nowait((number, delta))
+    except Exception as error:  # raised again by whoever reads
+      end = error
+    arrived.put_nowait((number, end))
+
+  tasks = [asyncio.create_task(sample(n)) for n in range(len(choices))]
+  try:
+    running = len(choices)
+    while running:
+      number, item = await arrived.get()
+      if isinstance(item, Exception):
+        raise item
+      if item is None:
+        running -= 1
+      else:
+        yield number, item
+  finally:
+    for task in tasks:
+      task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
