@@ -25,6 +25,7 @@ def version() -> str:
 BASE = [
   "absl-py",
   "aiohttp>=3.9",
+  "anthropic>=0.70",
   "gguf>=0.17",
   "grain>=0.2.12",
   "httpx>=0.27",
@@ -33,6 +34,7 @@ BASE = [
   "ml-collections>=1.0",
   "numpy>=2.0",
   "openai>=3.0",
+  "prometheus-client>=0.20",
   "renderers>=0.1.12",
   "rich>=13",
   "safetensors>=0.5",

@@ -35,6 +35,7 @@ ALLOWED = {
   "rollout": ("tasks", "agents", "pool", "gateway.client", "gateway.wire"),
   "trainer": ("model", "tree", "algo", "pool"),
   "observe": (),
+  "client": ("gateway.wire",),
   "settings": (),  # between a configuration and dataclasses: for launch
 }
 JAX = ("jax", "jaxlib", "flax", "optax", "orbax")
@@ -42,7 +43,7 @@ JAX = ("jax", "jaxlib", "flax", "optax", "orbax")
 JAX_FREE = (
   *LEAVES,
   *("agents", "gateway", "tasks", "pool", "rollout", "observe"),
-  "engine.api",
+  *("client", "engine.api"),
 )
 # Top-level packages that only their own files may import.
 PRIVATE = ("launch", "experiments")

@@ -1,12 +1,14 @@
-"""The admin routes: what opens, scores, inspects and closes sessions.
+"""The routes that open, inspect, score and close sessions.
 
-  POST /admin/sessions               {id, seed, sampling} -> {id, api_key}
-  GET  /admin/sessions/<id>          counts
-  GET  /admin/sessions/<id>/forest   the captured forest so far
-  POST /admin/sessions/<id>/rewards  {rewards: [...]}
-  POST /admin/sessions/<id>/close    -> {completions: [...], rewards: [...]}
+  POST /admin/sessions              {id, seed, sampling}
+                                    -> {id, api_key, control_key}
+  GET  /admin/sessions/<id>         counts
+  GET  /admin/sessions/<id>/forest  the captured forest so far
+  POST /sessions/<id>/reward        {rewards: [...]}, see `wire`
+  POST /sessions/<id>/close         -> {completions: [...], rewards: [...]}
 
-All need the admin token, which is compared in constant time.
+Routes under /admin need the admin token; the others that, or the control key of
+the very session. Keys are compared in constant time.
 """
 
 import hmac
@@ -38,15 +40,20 @@ class AdminRoutes:
       web.post(base, self._open),
       web.get(base + "/{id}", self._summary),
       web.get(base + "/{id}/forest", self._forest),
-      web.post(base + "/{id}/rewards", self._rewards),
-      web.post(base + "/{id}/close", self._close),
+      web.post("/sessions/{id}/reward", self._reward),
+      web.post("/sessions/{id}/close", self._close),
     ]
 
   async def _open(self, request: web.Request) -> web.Response:
-    self._check(request)
-    id, seed, sampling = _opening(await http.read_json(request))
-    session, api_key = self._table.open(id, seed, sampling)
-    return web.json_response({"id": session.id, "api_key": api_key})
+    self.check(request)
+    opened = self._table.open(*_opening(await http.read_json(request)))
+    return web.json_response(
+      {
+        "id": opened.session.id,
+        "api_key": opened.api_key,
+        "control_key": opened.control_key,
+      }
+    )
 
   async def _summary(self, request: web.Request) -> web.Response:
     return web.json_response(self._session(request).summary())
@@ -55,8 +62,8 @@ class AdminRoutes:
     session = self._session(request)
     return web.json_response({"id": session.id, "nodes": session.forest()})
 
-  async def _rewards(self, request: web.Request) -> web.Response:
-    session = self._session(request)
+  async def _reward(self, request: web.Request) -> web.Response:
+    session = self._controlled(request)
     body = await http.read_json(request)
     rewards = body.get("rewards") if isinstance(body, dict) else None
     if not isinstance(rewards, list):
@@ -69,7 +76,7 @@ class AdminRoutes:
     return web.json_response({"rewards": len(session.rewards)})
 
   async def _close(self, request: web.Request) -> web.Response:
-    session = self._session(request)
+    session = self._controlled(request)
     await self._table.close(session)
     return web.json_response(
       {
@@ -81,17 +88,20 @@ class AdminRoutes:
     )
 
   def _session(self, request: web.Request) -> sessions.Session:
-    self._check(request)
+    self.check(request)
     return self._table.by_id(request.match_info["id"])
 
-  def _check(self, request: web.Request) -> None:
+  def _controlled(self, request: web.Request) -> sessions.Session:
+    id = request.match_info["id"]
+    if not self._table.controls(http.bearer(request), id):
+      self.check(request)
+    return self._table.by_id(id)
+
+  def check(self, request: web.Request) -> None:
+    """Raises Refusal unless a request bears the admin token."""
     given = session_table.key_digest(http.bearer(request))
     if not hmac.compare_digest(given, self._token):
-      raise refusal.Refusal(
-        "the admin token is missing or wrong",
-        status=401,
-        code="invalid_api_key",
-      )
+      raise refusal.unauthorised("the admin token is missing or wrong")
 
 
 def _opening(body: Any) -> tuple[str, int, dict[str, float]]:

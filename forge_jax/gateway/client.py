@@ -1,4 +1,4 @@
-"""A client of the gateway's admin routes: what opens and closes sessions."""
+"""A client of the gateway: what opens, scores and closes sessions."""
 
 from collections.abc import Mapping
 import dataclasses
@@ -17,6 +17,7 @@ class SessionKeys:
 
   api_key: str
   base_url: str  # ends in "/v1"
+  control_key: str  # what a scorer needs: it rewards and closes the session
 
 
 class GatewayClient:
@@ -44,7 +45,9 @@ class GatewayClient:
     """
     body = {"id": id, "seed": seed, "sampling": dict(sampling or {})}
     reply = await self._call("POST", "/admin/sessions", body)
-    return SessionKeys(reply["api_key"], f"{self._url}/v1")
+    return SessionKeys(
+      reply["api_key"], f"{self._url}/v1", reply["control_key"]
+    )
 
   async def close_session(
     self, id: str
@@ -56,7 +59,7 @@ class GatewayClient:
     Raises:
       GatewayError: the gateway is unreachable or knows no such session.
     """
-    reply = await self._call("POST", f"{_path(id)}/close", {})
+    reply = await self._call("POST", f"/sessions/{_quoted(id)}/close", {})
     return (
       tuple(wire.completion_from_json(c) for c in reply["completions"]),
       tuple(wire.reward_from_json(r) for r in reply["rewards"]),
@@ -69,7 +72,7 @@ class GatewayClient:
       GatewayError: the gateway is unreachable or knows no such session.
     """
     body = {"rewards": [wire.reward_to_json(reward)]}
-    await self._call("POST", f"{_path(id)}/rewards", body)
+    await self._call("POST", f"/sessions/{_quoted(id)}/reward", body)
 
   async def forest(self, id: str) -> Mapping[str, Any]:
     """The forest captured so far, as the gateway's JSON.
@@ -77,7 +80,7 @@ class GatewayClient:
     Raises:
       GatewayError: the gateway is unreachable or knows no such session.
     """
-    return await self._call("GET", f"{_path(id)}/forest")
+    return await self._call("GET", f"/admin/sessions/{_quoted(id)}/forest")
 
   async def aclose(self) -> None:
     """Closes the connections; the client may be used again."""
@@ -110,5 +113,5 @@ class GatewayClient:
     return reply
 
 
-def _path(id: str) -> str:
-  return f"/admin/sessions/{urllib.parse.quote(id, safe='')}"
+def _quoted(id: str) -> str:
+  return urllib.parse.quote(id, safe="")

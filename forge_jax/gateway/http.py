@@ -3,6 +3,7 @@
 from collections.abc import Awaitable, Callable, Mapping
 import json
 import logging
+import math
 from typing import Any
 
 from aiohttp import web
@@ -47,38 +48,58 @@ def api_key(request: web.Request) -> str:
   return bearer(request) or request.headers.get("x-api-key", "").strip()
 
 
-def error_middleware(shape_of: Callable[[web.Request], ErrorShape]) -> Any:
+def answers_middleware(
+  shape_of: Callable[[web.Request], ErrorShape],
+  answered: Callable[[str, int], None],
+) -> Any:
   """A middleware that is the boundary of every request.
 
   Args:
     shape_of: gives the shape of a request's errors.
+    answered: told of each answer's route and status.
   """
 
   @web.middleware
   async def answer(
     request: web.Request, handler: Handler
   ) -> web.StreamResponse:
+    failure: Exception
     try:
-      return await handler(request)
+      response = await handler(request)
+      answered(_route(request), response.status)
+      return response
     except web.HTTPException as error:
-      failure: Exception = refusal.Refusal(error.reason, status=error.status)
+      failure = refusal.Refusal(error.reason, status=error.status)
     except ConnectionResetError:
       raise
     except RecursionError:
       failure = refusal.Refusal("the body is nested too deeply")
     except Exception as error:  # the boundary of a request
       failure = error
-    status, body = shape_of(request)(failure)
-    if status == 500:
-      _log.error(
-        "%s %s failed", request.method, _safe_path(request), exc_info=failure
-      )
-    return web.json_response(body, status=status)
+    return _failed(request, failure, shape_of(request), answered)
 
   return answer
 
 
-def _safe_path(request: web.Request) -> str:
+def _failed(
+  request: web.Request,
+  failure: Exception,
+  shape: ErrorShape,
+  answered: Callable[[str, int], None],
+) -> web.Response:
+  status, body = shape(failure)
+  if status == 500:
+    _log.error(
+      "%s %s failed", request.method, _route(request), exc_info=failure
+    )
+  headers = {}
+  if isinstance(failure, refusal.Refusal) and failure.retry_after is not None:
+    headers["Retry-After"] = str(math.ceil(failure.retry_after))
+  answered(_route(request), status)
+  return web.json_response(body, status=status, headers=headers)
+
+
+def _route(request: web.Request) -> str:
   """The route without the key that a URL may hold."""
   resource = request.match_info.route.resource
-  return resource.canonical if resource else "an unknown path"
+  return resource.canonical if resource else "unknown"

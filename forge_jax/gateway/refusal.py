@@ -13,9 +13,24 @@ class Refusal(errors.GatewayError):
     status: int = 400,
     param: str | None = None,
     code: str | None = None,
+    retry_after: float | None = None,
   ):
-    """Holds the HTTP status, the offending parameter and an error code."""
+    """Holds what a client needs to know.
+
+    Args:
+      message: what was wrong, where, and what was expected.
+      status: the HTTP status.
+      param: the offending parameter.
+      code: a word for programs.
+      retry_after: seconds after which the request may be tried again.
+    """
     super().__init__(message)
     self.status = status
     self.param = param
     self.code = code
+    self.retry_after = retry_after
+
+
+def unauthorised(message: str) -> Refusal:
+  """A 401: the key is missing or opens nothing."""
+  return Refusal(message, status=401, code="invalid_api_key")

@@ -6,7 +6,8 @@ recorded in the session that their key names.
   POST /v1/chat/completions   OpenAI Chat Completions
   GET  /v1/models
   GET  /health                the only route that needs no key
-  /admin/...                  see `admin`
+  GET  /metrics               Prometheus' text format, under the admin token
+  /admin/..., /sessions/...   see `admin`
 
 A session is named by its key: in the Authorization header, or in the URL, every
 route of /v1 being served under /s/<key>/v1 too.
@@ -16,7 +17,9 @@ Invariants:
      only under the admin token. Neither is ever logged.
   2. A client that goes away aborts its request. Closing a session aborts what
      is in flight, waits for it, and returns everything that was recorded.
-  3. A refused or failed request changes nothing in the session's forest, but
+  3. At most `max_running` completion requests run; as many as `max_waiting` wait,
+     sessions in turn; more are refused with 429 and the time to wait.
+  4. A refused or failed request changes nothing in the session's forest, but
      that tokens sampled before a failure are kept.
 """
 
@@ -25,6 +28,7 @@ import dataclasses
 import errno
 import functools
 import secrets
+import ssl
 from typing import Any
 
 from aiohttp import web
@@ -34,7 +38,9 @@ from forge_jax import errors
 from forge_jax.engine import api
 from forge_jax.gateway import (
   admin,
+  admission,
   http,
+  meters,
   render,
   serving,
   session_table,
@@ -57,6 +63,21 @@ class GatewayConfig:
   template_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   admin_token: str | None = None  # None: a random one
   max_body_bytes: int = 64 * 2**20
+  max_running: int = 1024  # completion requests at a time
+  max_waiting: int = 4096  # behind them
+  tls_cert: str | None = None  # PEM file of a certificate chain
+  tls_key: str | None = None  # PEM file of its key
+
+  def __post_init__(self):
+    if (self.tls_cert is None) != (self.tls_key is None):
+      raise errors.ConfigError(
+        "gateway.tls_cert and gateway.tls_key go together; one is missing"
+      )
+    if self.max_running < 1 or self.max_waiting < 0:
+      raise errors.ConfigError(
+        f"gateway.max_running={self.max_running} must be positive and "
+        f"gateway.max_waiting={self.max_waiting} at least 0"
+      )
 
 
 class Gateway:
@@ -71,7 +92,8 @@ class Gateway:
     """Prepares a gateway; nothing is served until `start`.
 
     Raises:
-      ConfigError: the renderer does not exist or does not fit the tokenizer.
+      ConfigError: the renderer does not exist or does not fit the tokenizer;
+        the certificate cannot be used.
     """
     self._config = config = config or GatewayConfig()
     self._engine = engine
@@ -80,13 +102,18 @@ class Gateway:
     )
     self.admin_token = config.admin_token or secrets.token_urlsafe(24)
     self._table = session_table.SessionTable(engine)
+    gate = admission.Admission(config.max_running, config.max_waiting)
+    self._meters = meters.Meters(self._table, gate)
+    self._service = serving.Service(engine, self.renderer, gate, self._meters)
+    self._tls = _tls_context(config)
     self._runner: web.AppRunner | None = None
     self._port = config.port
 
   @property
   def url(self) -> str:
     """Where the gateway listens, such as http://127.0.0.1:8080."""
-    return f"http://{self._config.host}:{self._port}"
+    scheme = "http" if self._tls is None else "https"
+    return f"{scheme}://{self._config.host}:{self._port}"
 
   async def start(self) -> None:
     """Starts listening.
@@ -100,7 +127,9 @@ class Gateway:
     await runner.setup()
     host, port = self._config.host, self._config.port
     try:
-      await web.TCPSite(runner, host, port, backlog=1024).start()
+      await web.TCPSite(
+        runner, host, port, backlog=1024, ssl_context=self._tls
+      ).start()
     except OSError as error:
       await runner.cleanup()
       why = "is in use" if error.errno == errno.EADDRINUSE else str(error)
@@ -120,10 +149,15 @@ class Gateway:
   def _app(self) -> web.Application:
     app = web.Application(
       client_max_size=self._config.max_body_bytes,
-      middlewares=[http.error_middleware(_error_shape)],
+      middlewares=[
+        http.answers_middleware(_error_shape, self._meters.answered)
+      ],
     )
-    app.add_routes(admin.AdminRoutes(self._table, self.admin_token).routes())
-    app.add_routes([web.get("/health", self._health)])
+    self._admin = admin.AdminRoutes(self._table, self.admin_token)
+    app.add_routes(self._admin.routes())
+    app.add_routes(
+      [web.get("/health", self._health), web.get("/metrics", self._metrics)]
+    )
     for prefix in ("/v1", "/s/{key}/v1"):
       app.add_routes([web.get(prefix + "/models", self._models)])
       for dialect in DIALECTS:
@@ -135,9 +169,7 @@ class Gateway:
     self, dialect: base.Dialect, request: web.Request
   ) -> web.StreamResponse:
     session = self._session_of(request)
-    return await serving.complete(
-      dialect, request, session, self._engine, self.renderer
-    )
+    return await self._service.complete(dialect, request, session)
 
   async def _models(self, request: web.Request) -> web.Response:
     self._session_of(request)
@@ -152,10 +184,30 @@ class Gateway:
   async def _health(self, request: web.Request) -> web.Response:
     return web.json_response({"status": "ok"})
 
+  async def _metrics(self, request: web.Request) -> web.Response:
+    self._admin.check(request)
+    return web.Response(
+      body=self._meters.text(), headers={"Content-Type": meters.CONTENT_TYPE}
+    )
+
   def _session_of(self, request: web.Request) -> sessions.Session:
     """The session whose key the URL or a header holds."""
     key = request.match_info.get("key") or http.api_key(request)
     return self._table.by_key(key)
+
+
+def _tls_context(config: GatewayConfig) -> ssl.SSLContext | None:
+  if config.tls_cert is None:
+    return None
+  context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+  try:
+    context.load_cert_chain(config.tls_cert, config.tls_key)
+  except OSError as error:  # SSLError is one
+    raise errors.ConfigError(
+      f"gateway.tls_cert={config.tls_cert!r} and gateway.tls_key="
+      f"{config.tls_key!r} are no certificate and its key: {error}"
+    ) from error
+  return context
 
 
 def _error_shape(request: web.Request) -> http.ErrorShape:

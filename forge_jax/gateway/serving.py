@@ -8,12 +8,20 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 import contextlib
 import logging
+import time
 
 from aiohttp import web
 
 from forge_jax import errors
 from forge_jax.engine import api
-from forge_jax.gateway import generation, http, render, sessions
+from forge_jax.gateway import (
+  admission,
+  generation,
+  http,
+  meters,
+  render,
+  sessions,
+)
 from forge_jax.gateway.dialects import base
 
 _log = logging.getLogger(__name__)
@@ -21,35 +29,59 @@ _log = logging.getLogger(__name__)
 _Deltas = AsyncIterator[tuple[int, generation.Delta]]
 
 
-async def complete(
-  dialect: base.Dialect,
-  request: web.Request,
-  session: sessions.Session,
-  engine: api.Engine,
-  renderer: render.Renderer,
-) -> web.StreamResponse:
-  """Serves a request of a session.
+class Service:
+  """Serves completion requests in front of one engine."""
 
-  Raises:
-    ForgeError: it is refused, or fails before its first token.
-  """
-  asked = dialect.parse(await http.read_json(request), session)
-  async with contextlib.AsyncExitStack() as stack:
-    choices = [
-      await stack.enter_async_context(
-        generation.Generation(engine, renderer, session, turn)
-      )
-      for turn in asked.turns
-    ]
-    if asked.stream:
-      events = asked.events(choices, renderer)
-      return await _stream(dialect, request, choices, events)
-    async with contextlib.aclosing(_deltas(choices, False)) as deltas:
-      async for _ in deltas:
-        pass
-    return web.Response(
-      text=asked.reply(choices, renderer), content_type="application/json"
-    )
+  def __init__(
+    self,
+    engine: api.Engine,
+    renderer: render.Renderer,
+    gate: admission.Admission,
+    figures: meters.Meters,
+  ):
+    """Serves what `gate` admits and counts it in `figures`."""
+    self._engine = engine
+    self._renderer = renderer
+    self._gate = gate
+    self._figures = figures
+
+  async def complete(
+    self,
+    dialect: base.Dialect,
+    request: web.Request,
+    session: sessions.Session,
+  ) -> web.StreamResponse:
+    """Serves a request of a session.
+
+    Raises:
+      ForgeError: it is refused, or fails before its first token.
+    """
+    asked = dialect.parse(await http.read_json(request), session)
+    choices: list[generation.Generation] = []
+    started = time.monotonic()
+    try:
+      async with (
+        self._gate.permit(session.id),
+        contextlib.AsyncExitStack() as s,
+      ):
+        for turn in asked.turns:
+          choice = generation.Generation(
+            self._engine, self._renderer, session, turn
+          )
+          choices.append(await s.enter_async_context(choice))
+        if asked.stream:
+          events = asked.events(choices, self._renderer)
+          return await _stream(dialect, request, choices, events)
+        async with contextlib.aclosing(_deltas(choices, False)) as deltas:
+          async for _ in deltas:
+            pass
+        return web.Response(
+          text=asked.reply(choices, self._renderer),
+          content_type="application/json",
+        )
+    finally:
+      seconds = time.monotonic() - started
+      self._figures.completed(dialect.PATH, seconds, choices)
 
 
 async def _stream(

@@ -1,6 +1,7 @@
 """The JSON form of what the gateway's admin routes hand out and take in."""
 
 from collections.abc import Mapping
+import math
 from typing import Any
 
 import numpy as np
@@ -64,6 +65,8 @@ def reward_from_json(value: Mapping[str, Any]) -> types.Reward:
     raise ValueError(f"a reward's name is a non-empty string, not {name!r}")
   if isinstance(number, bool) or not isinstance(number, int | float):
     raise ValueError(f"reward {name!r} has a number as value, not {number!r}")
+  if not math.isfinite(number):
+    raise ValueError(f"reward {name!r} is {number}; it must be finite")
   if step is not None and (isinstance(step, bool) or not isinstance(step, int)):
     raise ValueError(f"reward {name!r} has an integer step, not {step!r}")
   component = value.get("component", types.Component.PERF.value)

@@ -216,7 +216,7 @@ async def test_keys_separate_sessions(start, smollm2):
   assert status == 200
   completions, _ = await h.admin.close_session("one/1")
   assert len(completions) == 2
-  wrong = gateway_client.SessionKeys("forge-two-guess", two.base_url)
+  wrong = gateway_client.SessionKeys("forge-two-guess", two.base_url, "")
   for keys in (None, wrong, one):
     status, reply = await h.post(keys, {"messages": [user("?")]})
     assert (status, reply["error"]["code"]) == (401, "invalid_api_key")
@@ -232,8 +232,8 @@ async def test_admin_routes_need_the_admin_token(start, smollm2):
       ("POST", "/admin/sessions"),
       ("GET", "/admin/sessions/s"),
       ("GET", "/admin/sessions/s/forest"),
-      ("POST", "/admin/sessions/s/rewards"),
-      ("POST", "/admin/sessions/s/close"),
+      ("POST", "/sessions/s/reward"),
+      ("POST", "/sessions/s/close"),
     ):
       async with h.http.request(
         method, h.gateway.url + path, json={}, headers=headers

@@ -22,7 +22,7 @@ class FakeGateway:
     assert id not in self.open
     self.open[id] = (seed, sampling)
     self.opened.append(id)
-    return client.SessionKeys(f"key-{id}", "http://gateway/v1")
+    return client.SessionKeys(f"key-{id}", "http://gateway/v1", f"control-{id}")
 
   async def close_session(self, id):
     await self._answer()

@@ -1,0 +1,86 @@
+"""Admission: bounded, and fair between sessions."""
+
+import asyncio
+
+import pytest
+
+from forge_jax.gateway import admission, refusal
+
+
+async def settle():
+  for _ in range(5):
+    await asyncio.sleep(0)
+
+
+class Crowd:
+  """Requests that hold their permits until told to leave."""
+
+  def __init__(self, gate):
+    self.gate = gate
+    self.inside = []
+    self.leave = {}
+
+  def come(self, session, name):
+    self.leave[name] = asyncio.Event()
+    return asyncio.create_task(self._visit(session, name))
+
+  async def _visit(self, session, name):
+    async with self.gate.permit(session):
+      self.inside.append(name)
+      await self.leave[name].wait()
+    self.inside.remove(name)
+
+
+async def test_sessions_take_turns_and_each_keeps_its_order():
+  crowd = Crowd(admission.Admission(1, 100))
+  names = [("a", "a1"), ("a", "a2"), ("a", "a3"), ("b", "b1"), ("c", "c1")]
+  tasks = []
+  for session, name in names:
+    tasks.append(crowd.come(session, name))
+    await settle()
+  order = []
+  for _ in names:
+    (name,) = crowd.inside
+    order.append(name)
+    crowd.leave[name].set()
+    await settle()
+  assert order == ["a1", "a2", "b1", "c1", "a3"]
+  await asyncio.gather(*tasks)
+  assert crowd.gate.running == crowd.gate.waiting == 0
+
+
+async def test_too_many_are_turned_away_with_a_time():
+  gate = admission.Admission(2, 1)
+  crowd = Crowd(gate)
+  tasks = [crowd.come("a", n) for n in range(3)]
+  await settle()
+  assert (gate.running, gate.waiting) == (2, 1)
+  with pytest.raises(refusal.Refusal) as caught:
+    async with gate.permit("b"):
+      pass
+  assert caught.value.status == 429 and caught.value.retry_after >= 1
+  for event in crowd.leave.values():
+    event.set()
+  await asyncio.gather(*tasks)
+
+
+@pytest.mark.parametrize("late", [False, True])
+async def test_whoever_goes_away_leaves_no_permit_behind(late):
+  gate = admission.Admission(1, 10)
+  crowd = Crowd(gate)
+  first = crowd.come("a", "first")
+  await settle()
+  gone = crowd.come("a", "gone")
+  last = crowd.come("b", "last")
+  await settle()
+  if late:  # the permit is on its way when the client goes
+    crowd.leave["first"].set()
+    while gate.waiting == 2:
+      await asyncio.sleep(0)
+  gone.cancel()
+  crowd.leave["first"].set()
+  await settle()
+  assert crowd.inside == ["last"]
+  crowd.leave["last"].set()
+  await asyncio.gather(first, last)
+  assert gate.running == gate.waiting == 0
