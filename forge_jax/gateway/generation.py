@@ -13,20 +13,27 @@ from typing import Any
 
 from forge_jax import types
 from forge_jax.engine import api
-from forge_jax.gateway import refusal, render, sessions, stream
+from forge_jax.gateway import raw_prompts, refusal, render, sessions, stream
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Turn:
-  """What a request asks for; None leaves it to the session or the context."""
+  """What a request asks for; None leaves it to the session or the context.
 
-  messages: types.Messages
+  A turn is a conversation, or with `prompt` a raw prompt, text or token ids,
+  which no template touches and whose reply is taken as text.
+  """
+
+  messages: types.Messages = ()
   tools: types.Messages = ()
   max_tokens: int | None = None
   temperature: float | None = None
   top_p: float | None = None
   seed: int | None = None
   stop: tuple[str, ...] = ()
+  prompt: raw_prompts.Prompt | None = None
+  parallel_tool_calls: bool = True  # False: only the first call is delivered
+  reasoning_effort: str | None = None  # see render.Renderer.with_effort
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -54,11 +61,14 @@ class Generation:
     Raises:
       Refusal: the messages or the tools cannot be rendered.
     """
-    self._renderer = renderer
+    self._renderer = renderer = renderer.with_effort(turn.reasoning_effort)
     self._session = session
     self._turn = turn
     self._recorded = False
-    self.plan = session.begin(renderer, turn.messages, turn.tools)
+    if turn.prompt is None:
+      self.plan = session.begin(renderer, turn.messages, turn.tools)
+    else:
+      self.plan = session.begin_raw(renderer, turn.prompt)
     self._engine = engine
     self._chunks: AsyncGenerator[api.TokenChunk] | None = None
     self.token_ids: list[int] = []
@@ -88,7 +98,13 @@ class Generation:
     """
     plan, turn = self.plan, self._turn
     text = (
-      stream.TextStream(self._renderer, plan.prompt_ids, turn.tools, turn.stop)
+      stream.TextStream(
+        self._renderer,
+        plan.prompt_ids,
+        turn.tools,
+        turn.stop,
+        raw=turn.prompt is not None,
+      )
       if incremental
       else None
     )
@@ -117,7 +133,8 @@ class Generation:
     if text:
       rest = Delta((), (), *text.finish(self.reply))
       self.reply = dataclasses.replace(self.reply, content=text.content)
-    self._record(self.message())
+    said = self.reply.content
+    self._record(self.message() if turn.prompt is None else said)
     if text:
       yield rest
 
@@ -139,17 +156,27 @@ class Generation:
       ]
     return message
 
+  @property
+  def cached_tokens(self) -> int:
+    """Tokens of the prompt that come, as they are, from a recorded parent."""
+    return len(self.plan.prompt_ids) - len(self.plan.added_ids)
+
   def _finish(self) -> None:
-    turn = self._turn
-    reply = self._renderer.parse(
-      self.plan.prompt_ids, self.token_ids, turn.tools
-    )
+    turn, renderer = self._turn, self._renderer
+    if turn.prompt is None:
+      reply = renderer.parse(self.plan.prompt_ids, self.token_ids, turn.tools)
+    else:
+      reply = render.Reply(
+        renderer.decode(renderer.before_stop(self.token_ids))
+      )
+    if not turn.parallel_tool_calls:
+      reply = dataclasses.replace(reply, tool_calls=reply.tool_calls[:1])
     if turn.stop:
       content = stream.cut(reply.content, turn.stop)
       reply = dataclasses.replace(reply, content=content)
     self.reply = reply
 
-  def _record(self, reply: types.Message | None) -> None:
+  def _record(self, reply: types.Message | str | None) -> None:
     self._recorded = True
     if not self.token_ids:
       self._session.drop(self.plan)

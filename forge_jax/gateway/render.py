@@ -13,6 +13,7 @@ that was sampled, markup and all; its reasoning, if any, stays apart.
 from collections.abc import Mapping, Sequence
 import dataclasses
 import json
+import re
 from typing import Any
 
 import renderers
@@ -81,6 +82,8 @@ class Renderer:
     """
     self._tokenizer = tokenizer
     self._template_kwargs = dict(template_kwargs or {})
+    self._by_effort: dict[str, Renderer] = {}
+    self.effort: str | None = None  # what a request has set, see with_effort
     self.name = _pick(tokenizer) if name == "auto" else name
     self._family = self._create()
     self._template = (
@@ -92,8 +95,25 @@ class Renderer:
     self._stops = frozenset(self.stop_token_ids)
     self._markup = frozenset(tokenizer.added_tokens_decoder) - self._stops
     vocabulary = tokenizer.get_added_vocab()
+    self.vocabulary_size = len(tokenizer)
     self.think_close_id = vocabulary.get("</think>")
     self.think_open_id = vocabulary.get("<think>")
+
+  def with_effort(self, effort: str | None) -> "Renderer":
+    """The renderer for a request that asks for an effort of reasoning.
+
+    A template that knows the variable `reasoning_effort` is given it; for one
+    that knows only `enable_thinking`, the effort "none" turns thinking off.
+    Any other template has no such choice, and is left as it is.
+
+    Raises:
+      Refusal: the model knows efforts, but not this one.
+    """
+    if effort is None:
+      return self
+    if effort not in self._by_effort:
+      self._by_effort[effort] = self._create_with_effort(effort)
+    return self._by_effort[effort]
 
   def render(
     self, messages: types.Messages, tools: types.Messages
@@ -157,6 +177,15 @@ class Renderer:
     if bridged is None or bridged.token_ids[: len(seen)] != seen:
       return None
     return list(bridged.token_ids[len(seen) :])
+
+  def encode_prompt(self, text: str) -> list[int]:
+    """Token ids of a raw prompt, with the tokens that a text begins with."""
+    backend = self._tokenizer.backend_tokenizer
+    return backend.encode(text, add_special_tokens=True).ids
+
+  def encode_rest(self, text: str) -> list[int]:
+    """Token ids of a text that continues another."""
+    return self._encode(text)
 
   def parse(
     self,
@@ -270,6 +299,33 @@ class Renderer:
       raise errors.ConfigError(
         f"renderer {self.name!r} cannot be used: {error}"
       ) from error
+
+  def _create_with_effort(self, effort: str) -> "Renderer":
+    if self._knows("reasoning_effort"):
+      variables: dict[str, Any] = {"reasoning_effort": effort}
+    elif effort == "none" and self._knows("enable_thinking"):
+      variables = {"enable_thinking": False}
+    else:
+      return self
+    try:
+      renderer = Renderer(
+        self._tokenizer, self.name, {**self._template_kwargs, **variables}
+      )
+    except errors.ConfigError as error:
+      raise refusal.Refusal(
+        f"reasoning_effort: this model does not know {effort!r}",
+        param="reasoning_effort",
+      ) from error
+    renderer.effort = effort
+    return renderer
+
+  def _knows(self, variable: str) -> bool:
+    """Whether the model's template has a variable of that name."""
+    if self._template is not None:
+      return (
+        re.search(rf"\b{variable}\b", self._tokenizer.chat_template) is not None
+      )
+    return variable in type(renderers.config_from_name(self.name)).model_fields
 
   def _find_stop_tokens(self) -> tuple[int, ...]:
     ids = list(self._family.get_stop_token_ids())

@@ -4,6 +4,9 @@ Agents speak a completion protocol and never hear of tokens; what was sampled is
 recorded in the session that their key names.
 
   POST /v1/chat/completions   OpenAI Chat Completions
+  POST /v1/completions        OpenAI's legacy Completions
+  POST /v1/responses          OpenAI Responses; its other routes are in
+                              `response_routes`
   GET  /v1/models
   GET  /health                the only route that needs no key
   GET  /metrics               Prometheus' text format, under the admin token
@@ -42,13 +45,23 @@ from forge_jax.gateway import (
   http,
   meters,
   render,
+  response_routes,
   serving,
   session_table,
   sessions,
 )
-from forge_jax.gateway.dialects import base, openai_chat
+from forge_jax.gateway.dialects import (
+  base,
+  openai_chat,
+  openai_completions,
+  openai_responses,
+)
 
-DIALECTS: tuple[base.Dialect, ...] = (openai_chat,)
+DIALECTS: tuple[base.Dialect, ...] = (
+  openai_chat,
+  openai_completions,
+  openai_responses,
+)
 _BY_PATH = {dialect.PATH: dialect for dialect in DIALECTS}
 
 
@@ -158,8 +171,10 @@ class Gateway:
     app.add_routes(
       [web.get("/health", self._health), web.get("/metrics", self._metrics)]
     )
+    stored = response_routes.ResponseRoutes(self._session_of, self.renderer)
     for prefix in ("/v1", "/s/{key}/v1"):
       app.add_routes([web.get(prefix + "/models", self._models)])
+      app.add_routes(stored.routes(prefix))
       for dialect in DIALECTS:
         handler = functools.partial(self._complete, dialect)
         app.add_routes([web.post(prefix + dialect.PATH, handler)])

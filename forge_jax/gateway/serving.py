@@ -71,7 +71,7 @@ class Service:
           choices.append(await s.enter_async_context(choice))
         if asked.stream:
           events = asked.events(choices, self._renderer)
-          return await _stream(dialect, request, choices, events)
+          return await _stream(request, choices, events)
         async with contextlib.aclosing(_deltas(choices, False)) as deltas:
           async for _ in deltas:
             pass
@@ -85,7 +85,6 @@ class Service:
 
 
 async def _stream(
-  dialect: base.Dialect,
   request: web.Request,
   choices: Sequence[generation.Generation],
   events: base.Events,
@@ -112,7 +111,7 @@ async def _stream(
     except Exception as error:  # the boundary of a request that has begun
       if not isinstance(error, errors.ForgeError):
         _log.exception("a streamed request failed")
-      await response.write(dialect.error_event(error).encode())
+      await response.write(events.fail(error).encode())
   await response.write_eof()
   return response
 

@@ -26,13 +26,14 @@ from typing import Any
 import numpy as np
 
 from forge_jax import types
-from forge_jax.gateway import refusal, render
+from forge_jax.gateway import raw_prompts, refusal, render, stored
 
 # Why a request that replays something recorded does not extend it.
 REPLY_CHANGED = "reply"  # the turn that answers a recorded request differs
 HISTORY_CHANGED = "history"  # a recorded reply follows other messages
-TOOLS_CHANGED = "tools"  # the same conversation, with other tools
+TOOLS_CHANGED = "tools"  # the same conversation, other tools or effort
 TEMPLATE_REWRITES = "template"  # the chat template does not extend its past
+REPLY_CUT = "cut"  # a raw prompt goes on before the recorded reply's last token
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -74,6 +75,7 @@ class Plan:
   context: bytes  # digest of the request's messages
   tools: bytes  # digest of its tools
   started: float
+  raw: raw_prompts.Prompt | None = None  # instead of messages
 
 
 class Session:
@@ -97,6 +99,8 @@ class Session:
     self._conversations: dict[bytes, dict[bytes, Node]] = {}
     self._contexts: set[bytes] = set()
     self._replies: set[bytes] = set()
+    self._raw = raw_prompts.RawPrompts()
+    self.stored = stored.Stored()  # what the Responses protocol keeps
 
   def begin(
     self,
@@ -112,10 +116,9 @@ class Session:
       Refusal: the session is closed, or the template refuses the messages or
         the tools.
     """
-    if self.closed:
-      raise refusal.Refusal(f"session {self.id!r} is closed", status=401)
+    self._check_open()
     chain = _chain(messages)
-    tools_digest = _digest(tools)
+    tools_digest = _digest([tools, renderer.effort])
     parent, depth, reason = self._find(messages, chain, tools_digest)
     added = None
     if parent is not None:
@@ -133,25 +136,36 @@ class Session:
         prompt = seen + parent.response_ids.tolist() + added
     if added is None:
       prompt = added = renderer.render(messages, tools)
-    number = self._requests
-    self._requests += 1
-    if reason is not None:
-      self.fork_reasons[reason] += 1
-    plan = Plan(
-      number=number,
-      request_id=f"{self.id}/{number}",
-      seed=request_seed(self.seed, number),
-      parent=parent,
-      fork_reason=reason,
-      added_ids=added,
-      prompt_ids=prompt,
-      context=chain[-1],
-      tools=tools_digest,
-      started=self._clock(),
+    return self._start(
+      parent, reason, added, prompt, context=chain[-1], tools=tools_digest
     )
-    self._running[number] = plan
-    self._idle.clear()
-    return plan
+
+  def begin_raw(
+    self, renderer: render.Renderer, prompt: raw_prompts.Prompt
+  ) -> Plan:
+    """Finds where a raw prompt belongs and what its token ids are.
+
+    A prompt that goes on where a recorded raw completion ended keeps its ids
+    and encodes only the rest. A text does not show the tokens that stopped the
+    reply: such a prompt keeps the ids before them, but is a root.
+
+    Every plan must be ended by `record` or `drop`.
+
+    Raises:
+      Refusal: the session is closed.
+    """
+    self._check_open()
+    parent, kept, rest = self._raw.find(renderer, prompt)
+    reason = None
+    if parent is None:
+      added = ids = rest
+    elif len(kept) == len(parent.response_ids):
+      added = rest
+      ids = [*parent.prompt_ids().tolist(), *kept, *rest]
+    else:
+      added = ids = [*parent.prompt_ids().tolist(), *kept, *rest]
+      parent, reason = None, REPLY_CUT
+    return self._start(parent, reason, added, ids, raw=prompt)
 
   def record(
     self,
@@ -161,9 +175,18 @@ class Session:
     logprobs: Sequence[float],
     versions: Sequence[int],
     stop_reason: types.StopReason,
-    reply: types.Message | None,
+    reply: types.Message | str | None,
   ) -> None:
-    """Records what was sampled; `reply` is None if none will be delivered."""
+    """Records what was sampled.
+
+    Args:
+      plan: of the request.
+      response_ids: as sampled; `logprobs` and `versions` align.
+      logprobs: nats.
+      versions: of the weights.
+      stop_reason: why the response ended.
+      reply: what will be delivered, for a raw prompt the text; None: nothing.
+    """
     node = Node(
       number=plan.number,
       parent=plan.parent,
@@ -177,7 +200,9 @@ class Session:
       finished=self._clock(),
     )
     self._nodes[plan.number] = node
-    if reply is not None:
+    if isinstance(reply, str):
+      self._raw.add(plan.raw, reply, node)
+    elif reply is not None:
       said = message_digest(reply)
       conversation = _link(plan.context, said)
       self._conversations.setdefault(conversation, {})[plan.tools] = node
@@ -259,6 +284,43 @@ class Session:
       "rewards": len(self.rewards),
       "fork_reasons": dict(self.fork_reasons),
     }
+
+  def _check_open(self) -> None:
+    if self.closed:
+      raise refusal.Refusal(f"session {self.id!r} is closed", status=401)
+
+  def _start(
+    self,
+    parent: Node | None,
+    reason: str | None,
+    added: list[int],
+    prompt: list[int],
+    *,
+    context: bytes = b"",
+    tools: bytes = b"",
+    raw: raw_prompts.Prompt | None = None,
+  ) -> Plan:
+    """Numbers a request and counts it as running."""
+    number = self._requests
+    self._requests += 1
+    if reason is not None:
+      self.fork_reasons[reason] += 1
+    plan = Plan(
+      number=number,
+      request_id=f"{self.id}/{number}",
+      seed=request_seed(self.seed, number),
+      parent=parent,
+      fork_reason=reason,
+      added_ids=added,
+      prompt_ids=prompt,
+      context=context,
+      tools=tools,
+      started=self._clock(),
+      raw=raw,
+    )
+    self._running[number] = plan
+    self._idle.clear()
+    return plan
 
   def _find(
     self, messages: types.Messages, chain: Sequence[bytes], tools: bytes

@@ -43,14 +43,18 @@ class TextStream:
     prompt_ids: Sequence[int],
     tools: types.Messages,
     stop_strings: Sequence[str],
+    *,
+    raw: bool = False,
   ):
+    """Begins a response; with `raw`, all of it is content, markup included."""
     self._renderer = renderer
+    self._raw = raw
     self._prompt_ids = prompt_ids
     self._tools = tools
     self._stop_strings = stop_strings
     self._detokenizer = Detokenizer(renderer)
     self._ids: list[int] = []
-    self._in_reasoning = renderer.opens_reasoning(prompt_ids)
+    self._in_reasoning = not raw and renderer.opens_reasoning(prompt_ids)
     self._reasoned = False  # reasoning comes once, and first
     self._held = renderer.calls_are_plain_text(tools)
     self._pending = ""  # decoded, not sent
@@ -68,7 +72,7 @@ class TextStream:
       if self._in_reasoning:
         if token == self._renderer.think_close_id:
           reasoning += self._close_reasoning()
-      elif self._renderer.is_plain((token,)):
+      elif self._raw or self._renderer.is_plain((token,)):
         self._pending += self._detokenizer.feed((token,))
       elif token == self._renderer.think_open_id and self._may_reason():
         self._in_reasoning = True

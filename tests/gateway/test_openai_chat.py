@@ -31,6 +31,8 @@ def test_everything_that_is_honoured():
       "frequency_penalty": None,
       "presence_penalty": 0.0,
       "response_format": {"type": "text"},
+      "reasoning_effort": "low",
+      "parallel_tool_calls": False,
     }
   )
   turn = request.turns[0]
@@ -38,6 +40,7 @@ def test_everything_that_is_honoured():
   assert (turn.seed, turn.stop, turn.tools) == (11, ("X",), (TOOL,))
   assert request.stream and request.include_usage and request.logprobs
   assert request.return_token_ids
+  assert (turn.reasoning_effort, turn.parallel_tool_calls) == ("low", False)
 
 
 def test_what_is_not_asked_for_is_left_open():
@@ -119,12 +122,12 @@ def test_tool_choice_none_takes_the_tools_away():
     ),
     ({"tool_choice": "required"}, "tool_choice"),
     ({"tool_choice": {"type": "function"}}, "tool_choice"),
-    ({"parallel_tool_calls": False}, "parallel_tool_calls"),
+    ({"parallel_tool_calls": 0}, "parallel_tool_calls"),
     ({"response_format": {"type": "json_object"}}, "response_format"),
     ({"frequency_penalty": 0.5}, "frequency_penalty"),
     ({"logit_bias": {"5": 1}}, "logit_bias"),
     ({"functions": []}, "functions"),
-    ({"reasoning_effort": "low"}, "reasoning_effort"),
+    ({"reasoning_effort": "lots"}, "reasoning_effort"),
   ],
 )
 def test_what_is_refused_is_named(change, param):

@@ -20,6 +20,9 @@ class Events(Protocol):
   def end(self) -> str:
     """The events that finish the stream, when every choice is finished."""
 
+  def fail(self, failure: BaseException) -> str:
+    """The events of a failure of a stream that has begun."""
+
 
 class Asked(Protocol):
   """A request that has been read."""
@@ -62,6 +65,3 @@ class Dialect(Protocol):
 
   def error(self, failure: BaseException) -> tuple[int, Mapping[str, Any]]:
     """The HTTP status and the JSON of a failed request."""
-
-  def error_event(self, failure: BaseException) -> str:
-    """A failure as an event, for a stream that has begun."""

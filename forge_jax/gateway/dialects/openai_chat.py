@@ -13,12 +13,11 @@ from typing import Any
 from openai.types import chat
 
 from forge_jax import types
-from forge_jax.gateway import generation, refusal, render, sessions
-from forge_jax.gateway.dialects import fields, openai_errors
+from forge_jax.gateway import generation, render, sessions
+from forge_jax.gateway.dialects import fields, openai_errors, openai_fields
 
 PATH = "/chat/completions"
 error = openai_errors.error
-error_event = openai_errors.error_event
 
 # Accounting only: they change nothing about what is sampled.
 _IGNORED = frozenset(
@@ -37,7 +36,6 @@ _NEUTRAL: Mapping[str, Any] = {
   "frequency_penalty": 0,
   "logit_bias": {},
   "modalities": ["text"],
-  "parallel_tool_calls": True,
   "presence_penalty": 0,
   "response_format": {"type": "text"},
   "top_logprobs": 0,
@@ -49,6 +47,8 @@ _KNOWN = _IGNORED | {
   "messages",
   "model",
   "n",
+  "parallel_tool_calls",
+  "reasoning_effort",
   "return_token_ids",
   "seed",
   "stop",
@@ -59,7 +59,6 @@ _KNOWN = _IGNORED | {
   "tools",
   "top_p",
 }
-_MOST_CHOICES = 128
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _FINISH = {
   types.StopReason.STOP: "stop",
@@ -130,30 +129,26 @@ def parse(body: Any, session: sessions.Session | None = None) -> ChatRequest:
       parameter.
   """
   del session  # a request of this protocol holds its whole conversation
-  if not isinstance(body, dict):
-    raise refusal.Refusal("the body must be a JSON object")
-  body = {name: value for name, value in body.items() if value is not None}
-  for name, value in body.items():
-    if name in _NEUTRAL:
-      if value != _NEUTRAL[name]:
-        raise fields.bad(name, f"only {_NEUTRAL[name]!r} is supported")
-    elif name not in _KNOWN:
-      raise fields.bad(name, "this parameter is not supported")
-  tools, options = _tools(body), fields.field(body, "stream_options", dict, {})
+  body = openai_fields.checked(body, _KNOWN, _NEUTRAL)
+  options = openai_fields.stream_options(body, "include_usage")
   limits = ("max_completion_tokens", "max_tokens")
   max_tokens = [
     fields.number(body, k, int, 1, None) for k in limits if k in body
   ]
-  count = fields.number(body, "n", int, 1, _MOST_CHOICES) or 1
+  count = fields.number(body, "n", int, 1, openai_fields.MOST_CHOICES) or 1
   seed = fields.number(body, "seed", int, 0, 2**63 - 1)
   turn = generation.Turn(
     messages=_messages(fields.field(body, "messages", list)),
-    tools=tools,
+    tools=_tools(body),
     max_tokens=min(max_tokens, default=None),
     temperature=fields.number(body, "temperature", float, 0, 2),
     top_p=fields.number(body, "top_p", float, 0, 1),
     seed=seed,
-    stop=_stop(body.get("stop", [])),
+    stop=openai_fields.stop(body),
+    parallel_tool_calls=fields.field(body, "parallel_tool_calls", bool, True),
+    reasoning_effort=openai_fields.effort(
+      body.get("reasoning_effort"), "reasoning_effort"
+    ),
   )
   return ChatRequest(
     model=fields.field(body, "model", str),
@@ -163,7 +158,7 @@ def parse(body: Any, session: sessions.Session | None = None) -> ChatRequest:
       for n in range(count)
     ),
     stream=fields.field(body, "stream", bool, False),
-    include_usage=_include_usage(options),
+    include_usage=options["include_usage"],
     logprobs=fields.field(body, "logprobs", bool, False),
     return_token_ids=fields.field(body, "return_token_ids", bool, False),
   )
@@ -217,6 +212,10 @@ class ChatStream:
       events.append(self._chunk(usage))
     return "".join(events) + "data: [DONE]\n\n"
 
+  def fail(self, failure: BaseException) -> str:
+    """The event of a failure of a stream that has begun."""
+    return openai_errors.error_event(failure)
+
   def _event(
     self,
     number: int,
@@ -256,13 +255,14 @@ def _finish_reason(generated: generation.Generation) -> str:
   return _FINISH[generated.stop_reason]
 
 
-def _usage(choices: Sequence[generation.Generation]) -> dict[str, int]:
+def _usage(choices: Sequence[generation.Generation]) -> dict[str, Any]:
   prompt = len(choices[0].plan.prompt_ids)
   sampled = sum(len(choice.token_ids) for choice in choices)
   return {
     "prompt_tokens": prompt,
     "completion_tokens": sampled,
     "total_tokens": prompt + sampled,
+    "prompt_tokens_details": {"cached_tokens": choices[0].cached_tokens},
   }
 
 
@@ -370,23 +370,3 @@ def _tools(body: dict[str, Any]) -> tuple[dict[str, Any], ...]:
     fields.field(function, "name", str, where=f"{where}.function")
     fields.field(function, "parameters", dict, {}, where=f"{where}.function")
   return () if choice == "none" else tuple(tools)
-
-
-def _stop(value: Any) -> tuple[str, ...]:
-  stop = [value] if isinstance(value, str) else value
-  if not isinstance(stop, list) or len(stop) > 4:
-    raise fields.bad("stop", "must be a string or a list of at most 4 strings")
-  if not all(isinstance(s, str) and s for s in stop):
-    raise fields.bad("stop", "a stop string is a non-empty string")
-  return tuple(stop)
-
-
-def _include_usage(options: dict[str, Any]) -> bool:
-  for name in options:
-    if name not in ("include_usage", "include_obfuscation"):
-      raise fields.bad(
-        f"stream_options.{name}", "this parameter is not supported"
-      )
-  return fields.field(
-    options, "include_usage", bool, False, where="stream_options"
-  )

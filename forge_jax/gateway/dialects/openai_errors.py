@@ -7,15 +7,22 @@ from forge_jax import errors
 from forge_jax.gateway import refusal
 
 
-def error(failure: BaseException) -> tuple[int, dict[str, Any]]:
-  """The HTTP status and the JSON of a failed request."""
+def error(
+  failure: BaseException, prompt: str = "messages"
+) -> tuple[int, dict[str, Any]]:
+  """The HTTP status and the JSON of a failed request.
+
+  Args:
+    failure: what was raised.
+    prompt: the parameter that holds the protocol's prompt.
+  """
   status, param, code = 500, None, None
   message = "the server failed; its log says why"
   if isinstance(failure, refusal.Refusal):
     status, param, code = failure.status, failure.param, failure.code
     message = str(failure)
   elif isinstance(failure, errors.ContextOverflowError):
-    status, param, code = 400, "messages", "context_length_exceeded"
+    status, param, code = 400, prompt, "context_length_exceeded"
     message = str(failure)
   elif isinstance(failure, errors.ForgeError):
     message = str(failure)
