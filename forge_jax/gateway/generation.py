@@ -66,7 +66,9 @@ class Generation:
     self._turn = turn
     self._recorded = False
     if turn.prompt is None:
-      self.plan = session.begin(renderer, turn.messages, turn.tools)
+      self.plan = session.begin(
+        renderer, turn.messages, turn.tools, renderer.effort
+      )
     else:
       self.plan = session.begin_raw(renderer, turn.prompt)
     self._engine = engine

@@ -107,10 +107,12 @@ class Session:
     renderer: render.Renderer,
     messages: types.Messages,
     tools: types.Messages,
+    effort: str | None = None,
   ) -> Plan:
     """Finds where a request belongs and what its prompt is.
 
-    Every plan must be ended by `record` or `drop`.
+    Every plan must be ended by `record` or `drop`. Requests whose templates
+    were given another `effort` of reasoning do not extend each other.
 
     Raises:
       Refusal: the session is closed, or the template refuses the messages or
@@ -118,7 +120,7 @@ class Session:
     """
     self._check_open()
     chain = _chain(messages)
-    tools_digest = _digest([tools, renderer.effort])
+    tools_digest = _digest([tools, effort])
     parent, depth, reason = self._find(messages, chain, tools_digest)
     added = None
     if parent is not None:

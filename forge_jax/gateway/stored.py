@@ -57,8 +57,7 @@ class Stored:
   def add(self, response: StoredResponse) -> None:
     """Stores a response."""
     self._responses[response.id] = response
-    for item in (*response.items, *response.output):
-      self._items[item["id"]] = item
+    self._name_items(response)
 
   def response(self, id: str) -> StoredResponse:
     """A stored response.
@@ -93,12 +92,10 @@ class Stored:
       Refusal: there is none of that id.
     """
     del self._responses[self.response(id).id]
-    # Not by the deleted items: a reference shares an item with another.
-    self._items = {
-      item["id"]: item
-      for response in self._responses.values()
-      for item in (*response.items, *response.output)
-    }
+    # Not only the deleted items: a reference shares an item with another.
+    self._items.clear()
+    for response in self._responses.values():
+      self._name_items(response)
 
   def item(self, id: str) -> Item | None:
     """An item of a stored response; None if there is none of that id."""
@@ -112,6 +109,11 @@ class Stored:
     """What the model wrote where the client was sent `sent`; else None."""
     call = self._calls.get(call_id)
     return call.arguments if call and call.sent == sent else None
+
+  def _name_items(self, response: StoredResponse) -> None:
+    for item in (*response.items, *response.output):
+      # A client that repeats an item does not change what its id names.
+      self._items.setdefault(item["id"], item)
 
 
 def with_ids(items: Sequence[Item], prefix: str) -> tuple[Item, ...]:

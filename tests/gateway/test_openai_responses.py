@@ -8,8 +8,6 @@ import openai
 import pytest
 import pytest_asyncio
 
-from forge_jax.gateway.dialects import openai_responses_input
-
 CALL = '<tool_call>\n{"name": "%s", "arguments": %s}\n</tool_call>'
 CALCULATE = CALL % ("calculate", '{"expression":  "%s"}')  # two spaces
 TOOL = {
@@ -69,7 +67,7 @@ async def ask(client, stream, **body):
 async def check_chain(h, session="s"):
   """Each completion extends the one before it; returns them."""
   nodes = (await h.admin.forest(session))["nodes"]
-  assert all(node["mismatch"] is None for node in nodes)
+  assert {node["mismatch"] for node in nodes} == {None}
   completions, _ = await h.admin.close_session(session)
   for before, after in itertools.pairwise(completions):
     seen = before.prompt_ids.tolist() + before.response_ids.tolist()
@@ -96,8 +94,11 @@ def as_is(item):
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("replay", [codex, as_is])
-async def test_replayed_items_keep_every_sampled_id(connect, stream, replay):
-  h, _, client = await connect()
+@pytest.mark.parametrize("renderer", ["default", "qwen3"])
+async def test_replayed_items_keep_every_sampled_id(
+  connect, stream, replay, renderer
+):
+  h, _, client = await connect(renderer=renderer)
   h.say(
     "<think>\nSix  first.\n</think>\n\nI  will. " + CALCULATE % "2*3",
     CALCULATE % "6+1" + "\n" + CALCULATE % "1+6",
@@ -112,8 +113,10 @@ async def test_replayed_items_keep_every_sampled_id(connect, stream, replay):
     "include": ["reasoning.encrypted_content"],
     "reasoning": {"summary": "auto"} if replay is codex else {},
   }
+  # Qwen3 forgets its reasoning when the user speaks again: that is a new root.
+  turns = 4 if renderer == "default" else 3
   kinds = []
-  for _ in range(4):
+  for _ in range(turns):
     reply = await ask(client, stream, input=items, **body)
     kinds.append([item.type for item in reply.output])
     items += [replay(item) for item in reply.output]
@@ -122,16 +125,19 @@ async def test_replayed_items_keep_every_sampled_id(connect, stream, replay):
       {"type": "function_call_output", "call_id": c.call_id, "output": "7"}
       for c in calls
     ] or [{"role": "user", "content": [{"type": "input_text", "text": "ok"}]}]
-  assert kinds == [
-    ["reasoning", "message", "function_call"],
-    ["function_call", "function_call"],
-    ["reasoning", "message"],
-    ["message"],
-  ]
+  assert (
+    kinds
+    == [
+      ["reasoning", "message", "function_call"],
+      ["function_call", "function_call"],
+      ["reasoning", "message"],
+      ["message"],
+    ][:turns]
+  )
   completions = await check_chain(h)
-  assert len(completions) == 4
+  assert len(completions) == turns
   assert "Be brief." in h.text(completions[0].prompt_ids)
-  last = h.text(completions[3].prompt_ids)
+  last = h.text(completions[-1].prompt_ids)
   assert "Six  first." in last and '{"expression":  "6+1"}' in last
 
 
@@ -289,7 +295,6 @@ async def test_streamed_and_whole_replies_are_the_same(connect, said, summary):
     "include": ["message.output_text.logprobs", "reasoning.encrypted_content"],
     "reasoning": {"summary": summary},
   }
-  await h.open("whole")
   status, whole = await h.post(keys, body, "/v1/responses")
   assert status == 200
   events = []
@@ -564,11 +569,3 @@ async def test_a_request_as_codex_sends_it(connect):
   completions = await check_chain(h)
   prompt = h.text(completions[1].prompt_ids)
   assert "Sandbox: none." in prompt and "a.txt[image]" in prompt
-
-
-def test_sealed_reasoning_comes_back():
-  sealed = openai_responses_input.seal("hm  🙂\n")
-  item = {"type": "reasoning", "summary": [], "encrypted_content": sealed}
-  items = openai_responses_input.read([item], None)
-  (message,) = openai_responses_input.messages(items, None)
-  assert message["reasoning_content"] == "hm  🙂\n"

@@ -12,6 +12,7 @@ reply.
 from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
+import json
 import time
 from typing import Any
 
@@ -89,7 +90,13 @@ class CompletionRequest:
         value["token_ids"] = choice.token_ids
         value["prompt_token_ids"] = choice.plan.prompt_ids
       said.append(value)
-    return self.to_json(choices, choices=said, usage=self.usage(choices))
+    value = self.head(choices) | {
+      "choices": said,
+      "usage": self.usage(choices),
+    }
+    return openai.types.Completion.model_validate(value).model_dump_json(
+      exclude_unset=True
+    )
 
   def events(
     self, choices: Sequence[generation.Generation], renderer: render.Renderer
@@ -110,19 +117,14 @@ class CompletionRequest:
       "prompt_tokens_details": {"cached_tokens": cached},
     }
 
-  def to_json(
-    self, generations: Sequence[generation.Generation], **value: Any
-  ) -> str:
-    """The JSON of a completion, or of an event, with the given fields."""
-    return openai.types.Completion.model_validate(
-      {
-        "id": f"cmpl-{generations[0].plan.request_id}",
-        "object": "text_completion",
-        "created": int(time.time()),
-        "model": self.model,
-        **value,
-      }
-    ).model_dump_json(exclude_unset=True)
+  def head(self, choices: Sequence[generation.Generation]) -> dict[str, Any]:
+    """What a completion and each of its events begin with."""
+    return {
+      "id": f"cmpl-{choices[0].plan.request_id}",
+      "object": "text_completion",
+      "created": int(time.time()),
+      "model": self.model,
+    }
 
 
 def parse(
@@ -218,8 +220,10 @@ class CompletionStream:
     value = {"index": number, "text": text, "finish_reason": finish}
     return self._event(choices=[{**value, "logprobs": None, **extra}])
 
-  def _event(self, **value: Any) -> str:
-    return f"data: {self._request.to_json(self._choices, **value)}\n\n"
+  def _event(self, **fields: Any) -> str:
+    # Not by the SDK's type: it has no null for a reply that is not finished.
+    value = {**self._request.head(self._choices), **fields}
+    return f"data: {json.dumps(value)}\n\n"
 
 
 class _Logprobs:

@@ -222,7 +222,7 @@ def _parts(
       continue
     name = "refusal" if kind == "refusal" else "text"
     text = fields.field(part, name, str, where=f"{where}[{n}]")
-    if kind not in ("refusal", "output_text"):  # one name for each text
+    if kind != "refusal":  # one name for each text
       kind = kinds[0]
     read = {"type": kind, name: text}
     if kind == "output_text":
