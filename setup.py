@@ -25,7 +25,7 @@ def version() -> str:
 BASE = [
   "absl-py",
   "aiohttp>=3.9",
-  "anthropic>=0.70",
+  "anthropic>=2.0",
   "gguf>=0.17",
   "grain>=0.2.12",
   "httpx>=0.27",

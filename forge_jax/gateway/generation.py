@@ -21,7 +21,9 @@ class Turn:
   """What a request asks for; None leaves it to the session or the context.
 
   A turn is a conversation, or with `prompt` a raw prompt, text or token ids,
-  which no template touches and whose reply is taken as text.
+  which no template touches and whose reply is taken as text. Tools that the
+  conversation itself introduces are in `hidden_tools`: they may be called like
+  the others, but the prompt does not list them.
   """
 
   messages: types.Messages = ()
@@ -29,8 +31,10 @@ class Turn:
   max_tokens: int | None = None
   temperature: float | None = None
   top_p: float | None = None
+  top_k: int | None = None
   seed: int | None = None
   stop: tuple[str, ...] = ()
+  hidden_tools: types.Messages = ()
   prompt: raw_prompts.Prompt | None = None
   parallel_tool_calls: bool = True  # False: only the first call is delivered
   reasoning_effort: str | None = None  # see render.Renderer.with_effort
@@ -64,6 +68,7 @@ class Generation:
     self._renderer = renderer = renderer.with_effort(turn.reasoning_effort)
     self._session = session
     self._turn = turn
+    self._tools = (*turn.tools, *turn.hidden_tools)  # that may be called
     self._recorded = False
     if turn.prompt is None:
       self.plan = session.begin(
@@ -77,6 +82,7 @@ class Generation:
     self.logprobs: list[float] = []
     self._versions: list[int] = []
     self.stop_reason = types.StopReason.ABORT
+    self.stop_string: str | None = None  # which of the turn's ended the reply
     self.reply = render.Reply("")
 
   async def __aenter__(self) -> "Generation":
@@ -103,7 +109,7 @@ class Generation:
       stream.TextStream(
         self._renderer,
         plan.prompt_ids,
-        turn.tools,
+        self._tools,
         turn.stop,
         raw=turn.prompt is not None,
       )
@@ -166,7 +172,7 @@ class Generation:
   def _finish(self) -> None:
     turn, renderer = self._turn, self._renderer
     if turn.prompt is None:
-      reply = renderer.parse(self.plan.prompt_ids, self.token_ids, turn.tools)
+      reply = renderer.parse(self.plan.prompt_ids, self.token_ids, self._tools)
     else:
       reply = render.Reply(
         renderer.decode(renderer.before_stop(self.token_ids))
@@ -176,6 +182,12 @@ class Generation:
     if turn.stop:
       content = stream.cut(reply.content, turn.stop)
       reply = dataclasses.replace(reply, content=content)
+      said = renderer.before_stop(self.token_ids)
+      if (
+        self.stop_reason == types.StopReason.STOP
+        and len(said) == len(self.token_ids)  # no stop token ended it
+      ):
+        self.stop_string = stream.first_stop(renderer.decode(said), turn.stop)
     self.reply = reply
 
   def _record(self, reply: types.Message | str | None) -> None:
@@ -202,7 +214,7 @@ class Generation:
     return api.SamplingParams(
       max_tokens=turn.max_tokens or room,
       temperature=pick(turn.temperature, "temperature"),
-      top_k=int(defaults.get("top_k", 0)),
+      top_k=int(defaults.get("top_k", 0) if turn.top_k is None else turn.top_k),
       top_p=pick(turn.top_p, "top_p"),
       seed=self.plan.seed if turn.seed is None else turn.seed % 2**31,
       stop_token_ids=self._renderer.stop_token_ids,

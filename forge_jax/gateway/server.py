@@ -7,8 +7,9 @@ recorded in the session that their key names.
   POST /v1/completions        OpenAI's legacy Completions
   POST /v1/responses          OpenAI Responses; its other routes are in
                               `response_routes`
+  POST /v1/messages           Anthropic Messages; also .../count_tokens
   GET  /v1/models
-  GET  /health                the only route that needs no key
+  GET  /, /health             these need no key
   GET  /metrics               Prometheus' text format, under the admin token
   /admin/..., /sessions/...   see `admin`
 
@@ -51,6 +52,7 @@ from forge_jax.gateway import (
   sessions,
 )
 from forge_jax.gateway.dialects import (
+  anthropic_messages,
   base,
   openai_chat,
   openai_completions,
@@ -61,8 +63,10 @@ DIALECTS: tuple[base.Dialect, ...] = (
   openai_chat,
   openai_completions,
   openai_responses,
+  anthropic_messages,
 )
 _BY_PATH = {dialect.PATH: dialect for dialect in DIALECTS}
+_BY_PATH[anthropic_messages.COUNT_PATH] = anthropic_messages
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -168,9 +172,9 @@ class Gateway:
     )
     self._admin = admin.AdminRoutes(self._table, self.admin_token)
     app.add_routes(self._admin.routes())
-    app.add_routes(
-      [web.get("/health", self._health), web.get("/metrics", self._metrics)]
-    )
+    for path in ("/", "/health"):  # agents probe `HEAD /`
+      app.add_routes([web.get(path, self._health)])
+    app.add_routes([web.get("/metrics", self._metrics)])
     stored = response_routes.ResponseRoutes(self._session_of, self.renderer)
     for prefix in ("/v1", "/s/{key}/v1"):
       app.add_routes([web.get(prefix + "/models", self._models)])
@@ -178,6 +182,9 @@ class Gateway:
       for dialect in DIALECTS:
         handler = functools.partial(self._complete, dialect)
         app.add_routes([web.post(prefix + dialect.PATH, handler)])
+      app.add_routes(
+        [web.post(prefix + anthropic_messages.COUNT_PATH, self._count_tokens)]
+      )
     return app
 
   async def _complete(
@@ -185,6 +192,12 @@ class Gateway:
   ) -> web.StreamResponse:
     session = self._session_of(request)
     return await self._service.complete(dialect, request, session)
+
+  async def _count_tokens(self, request: web.Request) -> web.Response:
+    self._session_of(request)
+    body = await http.read_json(request)
+    count = anthropic_messages.count_tokens(body, self.renderer)
+    return web.json_response(count)
 
   async def _models(self, request: web.Request) -> web.Response:
     self._session_of(request)

@@ -125,8 +125,14 @@ class TextStream:
 
 def cut(text: str, stop_strings: Sequence[str]) -> str:
   """The text before the first stop string in it."""
-  found = [text.find(stop) for stop in stop_strings if stop in text]
-  return text[: min(found)] if found else text
+  stop = first_stop(text, stop_strings)
+  return text if stop is None else text.partition(stop)[0]
+
+
+def first_stop(text: str, stop_strings: Sequence[str]) -> str | None:
+  """The stop string that comes first in a text; None if it holds none."""
+  found = [stop for stop in stop_strings if stop in text]
+  return min(found, key=text.find, default=None)
 
 
 def _overlap(text: str, stop: str) -> int:
