@@ -1,6 +1,7 @@
 """What every absl main shares: errors that a user is meant to read."""
 
 from collections.abc import Callable, Sequence
+import logging as standard_logging
 import os
 import sys
 
@@ -20,6 +21,7 @@ def guarded(
 
   def run(argv: Sequence[str]) -> None:
     logging.set_verbosity(logging.WARNING)  # Orbax tells every step at INFO
+    standard_logging.getLogger("forge_jax").setLevel(standard_logging.INFO)
     if len(argv) > 1:
       fail(errors.ConfigError(f"unexpected arguments: {' '.join(argv[1:])}"))
     try:

@@ -8,6 +8,7 @@ step may be spread over any number of device batches.
 
 from collections.abc import Mapping
 import dataclasses
+import logging
 
 from flax import nnx
 import jax
@@ -22,6 +23,8 @@ from forge_jax.model import decoder as decoder_lib
 from forge_jax.model import sharding
 from forge_jax.tree import attention as tree_attention
 from forge_jax.tree import unmerge
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,12 +44,17 @@ class UpdateConfig:
   clip_norm: float = 1.0
   ratio_min: float = 0.0
   ratio_max: float = 5.0
-  attention: str = "xla"  # implementation of tree attention
+  attention: str = "auto"  # see tree.attention; auto: the mesh's fastest
   block: int = 128  # tokens of an attention block, as packed
   head_chunk: int = 256  # edges whose logits exist at a time
   remat: str = "elementwise"  # see model.decoder.REMAT: "elementwise", "layer"
 
   def __post_init__(self):
+    if self.attention not in tree_attention.NAMES:
+      raise errors.ConfigError(
+        f"trainer.attention={self.attention!r}; expected one of "
+        f"{list(tree_attention.NAMES)}"
+      )
     if self.remat not in decoder_lib.REMAT:
       raise errors.ConfigError(
         f"trainer.remat={self.remat!r}; expected one of {list(decoder_lib.REMAT)}"
@@ -101,6 +109,8 @@ class Updater:
   ):
     """Splits the decoder over the mesh; `initial_state` returns its weights.
 
+    Logs the implementation of tree attention that the mesh's devices get.
+
     Raises:
       ConfigError: the mesh does not divide the model.
     """
@@ -108,6 +118,9 @@ class Updater:
     self.config = config
     self.mesh = mesh
     self.traces = 0  # of `accumulate`, for tests
+    platform = mesh.devices.flat[0].platform
+    self.attention = tree_attention.resolve(config.attention, platform)
+    _LOG.info("tree attention: %s (%s)", self.attention, platform)
     self._graph, self._params = nnx.split(decoder)
     self._optimizer = make_optimizer(config)
     # Placements are spelled out, so that a step's outputs fit the next step's
@@ -251,7 +264,7 @@ class Updater:
           v,
           layout,
           block=self.config.block,
-          implementation=self.config.attention,
+          implementation=self.attention,
         ),
         mesh=self.mesh,
         in_specs=(heads, heads, heads, P(sharding.BATCH_AXES)),

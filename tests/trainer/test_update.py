@@ -162,6 +162,34 @@ def test_an_indivisible_mesh_is_refused():
     sharding.make_mesh(sharding.MeshConfig(tensor=3), jax.devices()[:1])
 
 
+def test_the_choice_of_attention_is_told_once(caplog):
+  with caplog.at_level("INFO", logger="forge_jax"):
+    up = updater()
+    assert up.config.attention == "auto" and up.attention == "xla"
+    gradient(up, tiny.samples())
+  told = [r.getMessage() for r in caplog.records if "attention" in r.message]
+  assert told == ["tree attention: xla (cpu)"]
+
+
+def test_a_named_attention_is_used():
+  named = updater(dataclasses.replace(UPDATE, attention="reference"))
+  plain = updater()
+  state, got, _ = gradient(named, tiny.samples())
+  _, want, _ = gradient(plain, tiny.samples())
+  close(got, want, 1e-5)
+  [batch], _ = pack.pack(tiny.samples(), PACK, vocab_size=64)
+  # T * T scores, which only the reference has.
+  dense = [
+    "256x256x" in up.lower(state, got, batch).as_text() for up in (named, plain)
+  ]
+  assert dense == [True, False]
+
+
+def test_an_unknown_attention_is_refused():
+  with pytest.raises(errors.ConfigError, match=r"trainer\.attention='fast'"):
+    update.UpdateConfig(attention="fast")
+
+
 def test_an_unknown_rematerialisation_is_refused():
   with pytest.raises(errors.ConfigError, match="everything"):
     update.UpdateConfig(remat="everything")

@@ -122,10 +122,24 @@ def test_under_checkpoint_scan_and_shard_map():
     np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+  ("name", "platform", "found"),
+  [
+    ("auto", "cpu", "xla"),
+    ("auto", "tpu", "pallas_tpu"),
+    ("auto", "gpu", "pallas_gpu"),
+    ("auto", "another", "xla"),
+    ("reference", "tpu", "reference"),
+  ],
+)
+def test_auto_goes_by_the_platform(name, platform, found):
+  assert attention.resolve(name, platform) == found
+
+
 def test_misuse_is_refused_with_numbers():
   (q, k, v), _, plan = _inputs(5)
   attend = attention.tree_attention
-  with pytest.raises(errors.ConfigError, match="'fast'; known: xla"):
+  with pytest.raises(errors.ConfigError, match=r"'fast'; expected .*auto, ref"):
     attend(q, k, v, plan, block=8, implementation="fast")
   with pytest.raises(errors.ConfigError, match=r"6 blocks of 16.*48 tokens"):
     attend(q, k, v, plan, block=16)

@@ -1,13 +1,45 @@
 """Tree attention: a token attends to exactly its ancestors and itself.
 
-One signature, several implementations: `reference` (dense, the oracle) and
-`xla` (block-sparse, any backend).
+One signature, several implementations, which the tests hold equal:
+
+  reference    dense, the oracle; memory for T * T scores
+  xla          block-sparse, any backend
+  pallas_tpu   block-sparse kernels for TPUs
+  pallas_gpu   block-sparse kernels for GPUs
 """
 
 import jax
 
 from forge_jax import errors, types
 from forge_jax.tree.attention import reference, xla
+
+# A module a name; each has `attention(q, k, v, layout, block, *, interpret)`.
+_MODULES = {
+  "reference": reference,
+  "xla": xla,
+}
+_FASTEST = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}  # by platform; else xla
+NAMES = ("auto", "reference", "xla", "pallas_tpu", "pallas_gpu")
+
+
+def resolve(implementation: str, platform: str) -> str:
+  """The implementation that a name stands for on a platform.
+
+  Args:
+    implementation: one of `NAMES`; "auto" is the platform's fastest.
+    platform: of the devices that compute, as `jax.Device.platform` has it.
+
+  Raises:
+    ConfigError: an unknown implementation.
+  """
+  if implementation not in NAMES:
+    raise errors.ConfigError(
+      f"unknown tree attention {implementation!r}; expected one of "
+      f"{', '.join(NAMES)}"
+    )
+  if implementation == "auto":
+    return _FASTEST.get(platform, "xla")
+  return implementation
 
 
 def tree_attention(
@@ -17,7 +49,8 @@ def tree_attention(
   layout: types.TreeLayout,
   *,
   block: int,
-  implementation: str = "xla",
+  implementation: str = "auto",
+  interpret: bool = False,
 ) -> jax.Array:
   """Attention of every token over its ancestors and itself.
 
@@ -31,7 +64,9 @@ def tree_attention(
     v_BTKC: values, as the keys.
     layout: of the same B and T; see `types.TreeLayout`.
     block: tokens of a block, as the layout was built.
-    implementation: "xla" or "reference".
+    implementation: one of `NAMES`; "auto" goes by JAX's default backend.
+    interpret: run a Pallas kernel's Python instead of compiling it: slow, on
+      any device, for tests. The others ignore it.
 
   Returns:
     o_BTHC, of q's dtype.
@@ -41,12 +76,9 @@ def tree_attention(
       layout built for other shapes.
   """
   _check(q_BTHC, k_BTKC, layout, block)
-  if implementation == "xla":
-    return xla.attention(q_BTHC, k_BTKC, v_BTKC, layout, block)
-  if implementation == "reference":
-    return reference.attention(q_BTHC, k_BTKC, v_BTKC, layout)
-  raise errors.ConfigError(
-    f"unknown tree attention {implementation!r}; known: xla, reference"
+  module = _MODULES[resolve(implementation, jax.default_backend())]
+  return module.attention(
+    q_BTHC, k_BTKC, v_BTKC, layout, block, interpret=interpret
   )
 
 

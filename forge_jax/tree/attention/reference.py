@@ -11,8 +11,12 @@ def attention(
   k_BTKC: jax.Array,
   v_BTKC: jax.Array,
   layout: types.TreeLayout,
+  block: int = 0,
+  *,
+  interpret: bool = False,
 ) -> jax.Array:
   """See `tree_attention`; needs memory for B * H * T * T scores."""
+  del block, interpret  # of the implementations that have blocks and kernels
   wide = jnp.promote_types(q_BTHC.dtype, jnp.float32)
   B, T, H, C = q_BTHC.shape
   K = k_BTKC.shape[2]

@@ -33,8 +33,11 @@ def attention(
   v_BTKC: jax.Array,
   layout: types.TreeLayout,
   block: int,
+  *,
+  interpret: bool = False,
 ) -> jax.Array:
   """See `tree_attention`."""
+  del interpret  # there is no kernel to interpret
   arrays = (q_BTHC, k_BTKC, v_BTKC, layout)
   if q_BTHC.shape[0] == 1:  # spares the loop
     q, k, v, one = jax.tree.map(lambda x: x[0], arrays)
