@@ -139,13 +139,47 @@ class PrefixTree:
   """A forest of merged sequences, laid out in depth-first order.
 
   Key k is visible to query q exactly when k <= q < subtree_end_T[k].
+
+  The tokens that a sequence adds to those before it in depth-first order are
+  its branch: contiguous, from depth `branch_depth` to its own length. What
+  lies above hangs on another sequence's branch, `branch_parent`.
   """
 
   tokens_T: np.ndarray  # int32
   position_T: np.ndarray  # int32, depth of the token in its sequence
   parent_T: np.ndarray  # int32, index of the predecessor; -1 at a root
   subtree_end_T: np.ndarray  # int32, exclusive
-  paths: tuple[np.ndarray, ...]  # int32 per sequence: its tokens' indices
+  samples_T: np.ndarray  # int32, sequences that pass through the token
+  # Per sequence, in the order given:
+  length: np.ndarray  # int32, of the whole sequence
+  branch_start: np.ndarray  # int32, where in T the branch starts, even if empty
+  branch_depth: np.ndarray  # int32, tokens shared with sequences before it
+  branch_parent: np.ndarray  # int32, a sequence; -1: the branch is at a root
+  order: np.ndarray  # int32, the sequences in depth-first order
+
+  def find(self, sequence: np.ndarray, depth: np.ndarray) -> np.ndarray:
+    """Where in T tokens lie, given their sequences and depths.
+
+    Args:
+      sequence: int [N], places in the order given.
+      depth: int [N], each less than its sequence's length.
+
+    Returns:
+      int32 [N].
+    """
+    branch = np.array(sequence)
+    above = np.flatnonzero(depth < self.branch_depth[branch])
+    while len(above):
+      parent = self.branch_parent[branch[above]]
+      branch[above] = parent
+      above = above[depth[above] < self.branch_depth[parent]]
+    offset = self.branch_start - self.branch_depth
+    return offset[branch] + depth.astype(np.int32)
+
+  def path(self, sequence: int) -> np.ndarray:
+    """Where in T the tokens of a sequence lie, from its root; int32."""
+    depth = np.arange(self.length[sequence], dtype=np.int32)
+    return self.find(np.full(len(depth), sequence), depth)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -175,6 +209,7 @@ class PackedBatch:
 
   tokens_BT: np.ndarray  # int32
   position_BT: np.ndarray  # int32
+  samples_BT: np.ndarray  # int32, samples that a token stands for; padding: 0
   layout: TreeLayout
   edge_parent_BE: np.ndarray  # int32, index in T
   edge_token_BE: np.ndarray  # int32, token id whose log-probability is read

@@ -42,20 +42,14 @@ def _block_plan(
   tokens = len(subtree_end_T)
   blocks = tokens // block
   last = (subtree_end_T.reshape(blocks, block).max(1) - 1) // block
-  key = np.arange(blocks)
-  counts = last - key + 1
-  key_start = np.concatenate([[0], np.cumsum(counts)])
-  key_of_pair = np.repeat(key, counts)
-  query_of_pair = (
-    np.arange(key_start[-1]) - key_start[key_of_pair] + key_of_pair
-  )
-  by_query = np.argsort(query_of_pair, kind="stable")
-  query_counts = np.bincount(query_of_pair, minlength=blocks)
-  query_start = np.concatenate([[0], np.cumsum(query_counts)])
-  padding = (0, plan_capacity(tokens, block) - len(by_query))
-  return (
-    query_start.astype(np.int32),
-    np.pad(key_of_pair[by_query].astype(np.int32), padding),
-    key_start.astype(np.int32),
-    np.pad(query_of_pair.astype(np.int32), padding),
-  )
+  index = np.arange(blocks)
+  visible = (index <= index[:, None]) & (index[:, None] <= last)
+  capacity = plan_capacity(tokens, block)
+  plan = []
+  for by_row in (visible, visible.T):
+    start = np.zeros(blocks + 1, np.int32)
+    np.cumsum(by_row.sum(1), out=start[1:])
+    column = np.zeros(capacity, np.int32)
+    column[: start[-1]] = np.nonzero(by_row)[1]
+    plan += [start, column]
+  return tuple(plan)

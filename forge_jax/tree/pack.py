@@ -1,35 +1,46 @@
-"""Packs samples into prefix trees of static shape, on the host.
+"""Packs samples into prefix trees of few static shapes, on the host.
 
-1. A sample's last loss-bearing token and what follows it are read by no
-   loss-bearing token, so they need no hidden state: they are cut off.
-2. All samples are sorted once in depth-first order of their prefix forest.
-3. A pack is a run of that order, closed when the tokens, edges or rows that
-   the next sample adds would overflow. The next pack starts with that whole
-   sample, so its ancestors are replayed exactly. For a given order, filling
-   each pack greedily makes the fewest packs; packs are not balanced further,
-   since all have one static shape and so nearly one cost.
-4. Each run is merged; its rows and edges are laid out in that order.
+1. Samples are checked, cut after the last token whose hidden state they need,
+   and merged once (items.py, merge.py).
+2. Which samples share a pack is planned from their sizes alone (plan.py).
+3. Each pack is the part of the forest that its samples pass through: tokens
+   keep their order, and an ancestor that an earlier pack has is replayed, so
+   every token sees exactly what it saw in its sample.
+4. A device batch takes the smallest of the config's shapes that holds all its
+   packs.
 """
 
 from collections.abc import Sequence
 import dataclasses
-import itertools
+from typing import NamedTuple
 
 import numpy as np
 
 from forge_jax import errors, types
-from forge_jax.tree import layout, merge
+from forge_jax.tree import cost as cost_lib
+from forge_jax.tree import forest as forest_lib
+from forge_jax.tree import items as items_lib
+from forge_jax.tree import layout, plan
+
+
+class Shape(NamedTuple):
+  """What a pack of a device batch holds."""
+
+  tokens: int  # T
+  edges: int  # E
+  rows: int  # M
 
 
 @dataclasses.dataclass(frozen=True)
 class PackConfig:
-  """The static shape of a device batch: one shape, one compilation."""
+  """The largest pack, and how many shapes are compiled for smaller ones."""
 
   tokens: int = 1024  # T
   edges: int = 1024  # E
   rows: int = 1024  # M
   packs: int = 1  # B; a multiple of the mesh's data axes
   block: int = 128  # tokens of an attention block
+  buckets: int = 4  # most shapes of a device batch
 
   def __post_init__(self):
     for field in dataclasses.fields(self):
@@ -41,6 +52,19 @@ class PackConfig:
       raise errors.ConfigError(
         f"pack.block={self.block} does not divide pack.tokens={self.tokens}"
       )
+
+  def shapes(self) -> list[Shape]:
+    """The shapes of packs, at most `buckets`, from small to large."""
+    blocks = self.tokens // self.block
+    sizes = {-(-blocks * i // self.buckets) for i in range(1, self.buckets + 1)}
+    return [
+      Shape(
+        size * self.block,
+        -(-self.edges * size // blocks),
+        -(-self.rows * size // blocks),
+      )
+      for size in sorted(sizes)
+    ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,16 +80,34 @@ class PackStats:
   unique_tokens: int = 0  # of their forest, merged without limits
   packed_tokens: int = 0  # of the packs: with replayed ancestors
   padded_tokens: int = 0  # of the device batches: with padding
-  rows: int = 0
-  edges: int = 0
+  request_pairs: int = 0  # tokens' names, for pairs
+  unique_pairs: int = 0
+  packed_pairs: int = 0
+  executed_pairs: int = 0  # of all visible blocks, whole
+  rows: int = 0  # loss-bearing tokens of the samples one by one
+  unique_edges: int = 0  # tokens' names, for edges
+  edges: int = 0  # of the packs
+  padded_edges: int = 0  # with what fills the fullest pack's last block
   packs: int = 0  # not counting empty ones
-  request_pairs: int = 0  # of the samples one by one
-  packed_pairs: int = 0  # of the packs
+  batches: int = 0
+  pack_cost: float = 0.0  # FLOPs of the packs, without padding
+  slowest_cost: float = 0.0  # if all of a device batch cost what its worst does
 
   @property
   def merge_ratio(self) -> float:
-    """Request tokens per packed token: the saving in linear work."""
-    return self.request_tokens / max(self.packed_tokens, 1)
+    """Request tokens per unique token: the saving that merging offers."""
+    return self.request_tokens / max(self.unique_tokens, 1)
+
+  @property
+  def pair_ratio(self) -> float:
+    """Request pairs per unique pair: the same for attention."""
+    return self.request_pairs / max(self.unique_pairs, 1)
+
+  @property
+  def replay(self) -> float:
+    """Share of the packs' tokens that another pack holds as well."""
+    replayed = self.packed_tokens - self.unique_tokens
+    return replayed / max(self.packed_tokens, 1)
 
   @property
   def fill(self) -> float:
@@ -73,9 +115,25 @@ class PackStats:
     return self.packed_tokens / max(self.padded_tokens, 1)
 
   @property
-  def pair_ratio(self) -> float:
-    """Request pairs per packed pair: the saving in attention."""
-    return self.request_pairs / max(self.packed_pairs, 1)
+  def balance(self) -> float:
+    """Mean cost of a device batch's packs over its highest; 1 is best."""
+    return self.pack_cost / self.slowest_cost if self.slowest_cost else 1.0
+
+  def flop_bound(self, cost: cost_lib.Cost) -> float:
+    """FLOPs of the samples one by one / of the forest: the most to gain."""
+    forest = self._forest_flops(cost)
+    one_by_one = cost.total(self.request_tokens, self.request_pairs, self.rows)
+    return one_by_one / forest if forest else 1.0
+
+  def achieved(self, cost: cost_lib.Cost) -> float:
+    """FLOPs of the forest / FLOPs executed: 1 without any overhead."""
+    executed = cost.total(
+      self.padded_tokens, self.executed_pairs, self.padded_edges
+    )
+    return self._forest_flops(cost) / executed if executed else 1.0
+
+  def _forest_flops(self, cost: cost_lib.Cost) -> float:
+    return cost.total(self.unique_tokens, self.unique_pairs, self.unique_edges)
 
   def __add__(self, other: "PackStats") -> "PackStats":
     """The figures of two calls together."""
@@ -89,22 +147,13 @@ class PackStats:
     )
 
 
-@dataclasses.dataclass(frozen=True, slots=True, eq=False)
-class _Item:
-  """A sample that bears a loss, cut before its last loss-bearing token."""
-
-  sample: types.Sample
-  sequence: np.ndarray  # int32 [P + R], whole
-  depths: np.ndarray  # int [rows], depths of its loss-bearing tokens
-
-  @property
-  def inputs(self) -> np.ndarray:
-    """The tokens whose hidden states are needed."""
-    return self.sequence[: self.depths[-1]]
-
-
 def pack(
-  samples: Sequence[types.Sample], config: PackConfig, *, vocab_size: int
+  samples: Sequence[types.Sample],
+  config: PackConfig,
+  *,
+  vocab_size: int,
+  cost: cost_lib.Cost = cost_lib.PER_TOKEN,
+  share: bool = True,
 ) -> tuple[list[types.PackedBatch], PackStats]:
   """Packs samples; each loss-bearing token becomes a row exactly once.
 
@@ -112,170 +161,62 @@ def pack(
 
   Args:
     samples: tokens of weight 0 bear no loss.
-    config: shape of a batch.
+    config: the shapes of a batch.
     vocab_size: token ids must be below it.
+    cost: what the packs of a device batch should have in equal parts.
+    share: False packs each sample as a tree of its own: the plain packing that
+      merging is compared with.
 
   Returns:
-    Batches of exactly `config.packs` packs, the last ones empty where
-    necessary, and what was done. Nothing bears a loss: no batches.
+    Batches of exactly `config.packs` packs, and what was done. A pack is empty where another cut would not make the
+    batch cheaper. Nothing bears a loss: no batches.
 
   Raises:
     SampleError: naming a sample that is malformed or fits no pack.
   """
-  items = []
-  for sample in samples:
-    _check(sample, vocab_size)
-    item = _item(sample)
-    if len(item.depths):
-      _check_fits(item, config)
-      items.append(item)
-  items.sort(
-    key=lambda item: (
-      merge.sort_key(item.inputs),
-      item.sample.name,
-    )
+  items = items_lib.collect(samples, vocab_size)
+  _check_fits(items, config)
+  if not items.names:
+    return [], PackStats()
+  forest = forest_lib.grow(items, share=share)
+  shapes = config.shapes()
+  groups = plan.batches(
+    forest_lib.sizes(forest, cost), np.array(shapes), config.packs
   )
-  inputs = [np.empty(0, np.int32), *(item.inputs for item in items)]
-  shared = [merge.common_prefix(*pair) for pair in itertools.pairwise(inputs)]
-  packs = [_lay_out(run, config) for run in _runs(items, shared, config)]
-  stats = _stats(items, shared, packs, config)
-  size = config.packs
-  groups = [packs[i : i + size] for i in range(0, len(packs), size)]
-  return [_batch(group, config) for group in groups], stats
+  batches, stats = [], _forest_stats(forest)
+  for group in groups:
+    parts = [forest_lib.part(forest, pack) for pack in group]
+    batch = _batch(parts, config)
+    stats += _batch_stats(parts, batch, config, cost)
+    batches.append(batch)
+  return batches, stats
 
 
-def _item(sample: types.Sample) -> _Item:
-  sequence = np.concatenate([sample.prompt_ids, sample.response_ids])
-  depths = len(sample.prompt_ids) + np.flatnonzero(sample.weights)
-  if len(depths) and depths[0] == 0:
-    raise errors.SampleError(
-      f"sample {sample.name}: its first token bears a loss but the prompt is "
-      "empty, so no hidden state predicts it"
-    )
-  return _Item(sample, sequence.astype(np.int32), depths)
-
-
-def _check(sample: types.Sample, vocab_size: int) -> None:
-  """Raises SampleError unless the sample is well-formed."""
-  shape = (len(sample.response_ids),)
-  for name in ("logprobs", "advantages", "weights", "versions"):
-    array = getattr(sample, name)
-    if array.shape != shape:
-      raise errors.SampleError(
-        f"sample {sample.name}: {name} has shape {array.shape}, but "
-        f"{shape[0]} response tokens"
-      )
-    bad = np.flatnonzero(~np.isfinite(array))
-    if len(bad):
-      raise errors.SampleError(
-        f"sample {sample.name}: {name}[{bad[0]}] is {array[bad[0]]}"
-      )
-  for name in ("prompt_ids", "response_ids"):
-    array = getattr(sample, name)
-    bad = np.flatnonzero((array < 0) | (array >= vocab_size))
-    if len(bad):
-      raise errors.SampleError(
-        f"sample {sample.name}: {name}[{bad[0]}] is {array[bad[0]]}, outside "
-        f"the vocabulary of {vocab_size}"
-      )
-
-
-def _check_fits(item: _Item, config: PackConfig) -> None:
-  """Raises SampleError when not even a pack of its own holds the item."""
+def _check_fits(items: items_lib.Items, config: PackConfig) -> None:
+  """Raises SampleError when not even a pack of its own holds an item."""
+  count = items.count()
   needs = {
-    "tokens": len(item.inputs),
-    "edges": len(item.depths),
-    "rows": len(item.depths),
+    "tokens": np.array([len(inputs) for inputs in items.inputs]),
+    "edges": count,
+    "rows": count,
   }
   for name, need in needs.items():
     limit = getattr(config, name)
-    if need > limit:
+    over = np.flatnonzero(need > limit)
+    if len(over):
       raise errors.SampleError(
-        f"sample {item.sample.name} needs {need} {name}, but a pack holds "
-        f"{limit}"
+        f"sample {items.names[over[0]]} needs {need[over[0]]} {name}, but a "
+        f"pack holds {limit}"
       )
 
 
-def _runs(
-  items: Sequence[_Item], shared: Sequence[int], config: PackConfig
-) -> list[list[_Item]]:
-  """Cuts the sorted items into runs that fit a pack each.
-
-  Edges are bounded from above: the token after an item's inputs is counted
-  as an edge of its own, though another item may have the same.
-  """
-  runs = []
-  limits = np.array([config.tokens, config.edges, config.rows])
-  used = limits  # so that the first item opens a run
-  has_edge = np.zeros(config.tokens, bool)  # along the current path, by depth
-  for item, prefix in zip(items, shared, strict=True):
-    inner = item.depths[:-1]
-    has_edge[prefix:] = False
-    added = np.array(
-      [
-        len(item.inputs) - prefix,
-        np.count_nonzero(~has_edge[inner]) + 1,
-        len(item.depths),
-      ]
-    )
-    if (used + added > limits).any():
-      runs.append([])
-      has_edge[:] = False
-      rows = len(item.depths)
-      used, added = 0, np.array([len(item.inputs), rows, rows])
-    runs[-1].append(item)
-    has_edge[inner] = True
-    used = used + added
-  return runs
-
-
-@dataclasses.dataclass(frozen=True, slots=True, eq=False)
-class _Pack:
-  """One pack before padding; arrays are named as in PackedBatch."""
-
-  tree: types.PrefixTree
-  edge_parent: np.ndarray
-  edge_token: np.ndarray
-  row_edge: np.ndarray
-  old_logprob: np.ndarray
-  advantage: np.ndarray
-  weight: np.ndarray
-  version: np.ndarray
-
-
-def _lay_out(run: Sequence[_Item], config: PackConfig) -> _Pack:
-  """Merges a run and finds its edges: distinct (parent, token) pairs."""
-  tree = merge.merge([item.inputs for item in run])
-  parent = np.concatenate(
-    [path[item.depths - 1] for item, path in zip(run, tree.paths, strict=True)]
-  ).astype(np.int64)
-  token = np.concatenate([item.sequence[item.depths] for item in run])
-  pair, row_edge = np.unique(
-    parent << 32 | token.astype(np.int64), return_inverse=True
-  )
-
-  def rows(name: str) -> np.ndarray:
-    return np.concatenate(
-      [
-        getattr(item.sample, name)[item.depths - len(item.sample.prompt_ids)]
-        for item in run
-      ]
-    )
-
-  return _Pack(
-    tree=tree,
-    edge_parent=pair >> 32,
-    edge_token=pair & 0xFFFFFFFF,
-    row_edge=row_edge,
-    old_logprob=rows("logprobs"),
-    advantage=rows("advantages"),
-    weight=rows("weights"),
-    version=rows("versions"),
-  )
-
-
-def _batch(packs: Sequence[_Pack], config: PackConfig) -> types.PackedBatch:
-  """Pads packs to a device batch."""
+def _batch(
+  parts: Sequence[forest_lib.Part], config: PackConfig
+) -> types.PackedBatch:
+  """Pads packs to a device batch of the smallest shape that holds them."""
+  needs = [(len(p.tokens), len(p.edge_token), len(p.row_edge)) for p in parts]
+  need = np.array(needs).max(0)
+  shape = next(s for s in config.shapes() if (need <= np.array(s)).all())
 
   def fill(arrays, size, dtype, value=0):
     out = np.full((config.packs, size), value, dtype)
@@ -283,44 +224,68 @@ def _batch(packs: Sequence[_Pack], config: PackConfig) -> types.PackedBatch:
       row[: len(array)] = array
     return out
 
-  trees = [p.tree for p in packs]
-  end_BT = np.tile(
-    np.arange(1, config.tokens + 1, dtype=np.int32), (config.packs, 1)
-  )
-  for row, tree in zip(end_BT, trees, strict=False):
-    row[: len(tree.tokens_T)] = tree.subtree_end_T
-  tokens, edges, rows = config.tokens, config.edges, config.rows
+  end_BT = np.empty((config.packs, shape.tokens), np.int32)
+  end_BT[:] = np.arange(1, shape.tokens + 1)
+  for row, part in zip(end_BT, parts, strict=False):
+    row[: len(part.tokens)] = part.subtree_end
+  tokens, edges, rows = shape
   i32, f32 = np.int32, np.float32
   return types.PackedBatch(
-    tokens_BT=fill([t.tokens_T for t in trees], tokens, i32),
-    position_BT=fill([t.position_T for t in trees], tokens, i32),
+    tokens_BT=fill([p.tokens for p in parts], tokens, i32),
+    position_BT=fill([p.position for p in parts], tokens, i32),
+    samples_BT=fill([p.samples for p in parts], tokens, i32),
     layout=layout.build(end_BT, config.block),
-    edge_parent_BE=fill([p.edge_parent for p in packs], edges, i32),
-    edge_token_BE=fill([p.edge_token for p in packs], edges, i32, -1),
-    row_edge_BM=fill([p.row_edge for p in packs], rows, i32),
-    old_logprob_BM=fill([p.old_logprob for p in packs], rows, f32),
-    advantage_BM=fill([p.advantage for p in packs], rows, f32),
-    weight_BM=fill([p.weight for p in packs], rows, f32),
-    version_BM=fill([p.version for p in packs], rows, i32, -1),
+    edge_parent_BE=fill([p.edge_parent for p in parts], edges, i32),
+    edge_token_BE=fill([p.edge_token for p in parts], edges, i32, -1),
+    row_edge_BM=fill([p.row_edge for p in parts], rows, i32),
+    old_logprob_BM=fill([p.rows["old_logprob"] for p in parts], rows, f32),
+    advantage_BM=fill([p.rows["advantage"] for p in parts], rows, f32),
+    weight_BM=fill([p.rows["weight"] for p in parts], rows, f32),
+    version_BM=fill([p.rows["version"] for p in parts], rows, i32, -1),
   )
 
 
-def _stats(
-  items: Sequence[_Item],
-  shared: Sequence[int],
-  packs: Sequence[_Pack],
-  config: PackConfig,
-) -> PackStats:
-  lengths = np.array([len(item.inputs) for item in items], np.int64)
+def _forest_stats(forest: forest_lib.Forest) -> PackStats:
+  """What does not depend on the packs."""
+  length = forest.length
   return PackStats(
-    samples=len(items),
-    request_tokens=int(lengths.sum()),
-    unique_tokens=int(lengths.sum()) - sum(shared),
-    packed_tokens=sum(len(p.tree.tokens_T) for p in packs),
-    padded_tokens=-(-len(packs) // config.packs) * config.packs * config.tokens,
-    rows=sum(len(p.row_edge) for p in packs),
-    edges=sum(len(p.edge_token) for p in packs),
-    packs=len(packs),
-    request_pairs=int((lengths * (lengths + 1) // 2).sum()),
-    packed_pairs=sum(int((p.tree.position_T + 1).sum()) for p in packs),
+    samples=len(length),
+    request_tokens=int(length.sum()),
+    unique_tokens=len(forest.tree.tokens_T),
+    request_pairs=int((length * (length + 1) // 2).sum()),
+    unique_pairs=_pairs(forest.tree.position_T),
+    rows=len(forest.row_edge),
+    unique_edges=len(forest.edge_token),
   )
+
+
+def _batch_stats(
+  parts: Sequence[forest_lib.Part],
+  batch: types.PackedBatch,
+  config: PackConfig,
+  cost: cost_lib.Cost,
+) -> PackStats:
+  """What a device batch adds."""
+  tokens = [len(part.tokens) for part in parts]
+  pairs = [_pairs(part.position) for part in parts]
+  edges = [len(part.edge_token) for part in parts]
+  costs = list(map(cost.total, tokens, pairs, edges))
+  blocks = int(batch.layout.query_start[:, -1].sum())
+  edge_blocks = -(-max(edges) // config.block)
+  return PackStats(
+    packed_tokens=sum(tokens),
+    padded_tokens=batch.tokens_BT.size,
+    packed_pairs=sum(pairs),
+    executed_pairs=blocks * config.block**2,
+    edges=sum(edges),
+    padded_edges=config.packs * edge_blocks * config.block,
+    packs=len(parts),
+    batches=1,
+    pack_cost=sum(costs),
+    slowest_cost=config.packs * max(costs),
+  )
+
+
+def _pairs(position: np.ndarray) -> int:
+  """Visible (query, key) pairs of tokens at these depths."""
+  return int(position.sum(dtype=np.int64)) + len(position)

@@ -53,6 +53,16 @@ def test_a_single_sequence_fills_the_lower_triangle():
   assert plan.query_start[0, -1] == plan.key_start[0, -1] == 10
 
 
+def test_a_large_pack_of_separate_sequences_has_few_pairs():
+  tokens, block = 65536, 128
+  end = np.repeat(np.arange(1, 65) * 1024, 1024).astype(np.int32)
+  plan = layout.build(end[None], block)
+  pairs = 64 * 8 * 9 // 2
+  assert plan.query_start[0, -1] == plan.key_start[0, -1] == pairs
+  assert plan.key_block.shape == (1, layout.plan_capacity(tokens, block))
+  assert not plan.key_block[0, pairs:].any()
+
+
 def test_a_layout_is_a_pytree():
   plan = layout.build(np.full((1, 8), 8, np.int32), 4)
   assert len(jax.tree.leaves(plan)) == 5
