@@ -132,6 +132,7 @@ class Sample:
   advantages: np.ndarray  # float32 [R]
   weights: np.ndarray  # float32 [R], factor of each token's loss term
   versions: np.ndarray  # int32 [R]; -1 where weights were swapped on the way
+  episode: str = ""  # whose requests follow one another; "": a request alone
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)

@@ -88,8 +88,9 @@ def assign_credit(
     for number, completion in enumerate(episode.completions):
       advantage = np.float32(advantage_S[number])
       if len(completion.response_ids) and advantage:
-        name = f"{episode.id}/{number}"
-        samples.append(_sample(name, completion, advantage, total))
+        samples.append(
+          _sample(episode.id, number, completion, advantage, total)
+        )
   return samples, _stats(episodes, rewards_of, advantages_of, samples)
 
 
@@ -118,11 +119,15 @@ def _stats(
 
 
 def _sample(
-  name: str, completion: types.Completion, advantage: float, total: int
+  episode: str,
+  number: int,
+  completion: types.Completion,
+  advantage: float,
+  total: int,
 ) -> types.Sample:
   size = len(completion.response_ids)
   return types.Sample(
-    name=name,
+    name=f"{episode}/{number}",
     prompt_ids=completion.prompt_ids,
     response_ids=completion.response_ids,
     logprobs=completion.logprobs,
@@ -133,6 +138,7 @@ def _sample(
     versions=np.where(
       np.ptp(completion.versions) == 0, completion.versions, -1
     ),
+    episode=episode,
   )
 
 

@@ -53,6 +53,7 @@ def test_outcome_credits_every_completion_of_an_episode():
   )
   samples, stats = credit.assign_credit([group], credit.CreditConfig())
   assert [s.name for s in samples] == ["e0/0", "e0/1", "e1/0"]
+  assert [s.episode for s in samples] == ["e0", "e0", "e1"]
   for sample, value in zip(samples, [0.5, 0.5, -0.5], strict=True):
     np.testing.assert_array_equal(sample.advantages, np.float32(value))
     np.testing.assert_allclose(sample.weights, 1 / 9)
