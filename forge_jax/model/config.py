@@ -32,6 +32,19 @@ class RopeScaling:
 
 
 @dataclasses.dataclass(frozen=True)
+class Flops:
+  """Floating-point operations of a forward and a backward pass.
+
+  A multiplication and an addition count as two. The backward pass costs two
+  forward passes; what it recomputes is not counted, nor is elementwise work.
+  """
+
+  token: float  # linear layers of one token
+  pair: float  # attention of one visible (query, key), all heads and layers
+  edge: float  # LM head of one predicted token
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
   """A decoder-only transformer of the Llama or Qwen3 family.
 
@@ -66,3 +79,15 @@ class ModelConfig:
       raise errors.ConfigError(
         f"head_dim={self.head_dim} is odd; rotary positions need it even"
       )
+
+  def flops(self) -> Flops:
+    """What training costs: 6 per weight and token, 12 C per pair and head."""
+    heads = self.num_heads * self.head_dim
+    kv_heads = self.num_kv_heads * self.head_dim
+    attention = 2 * self.width * (heads + kv_heads)  # query, out; key, value
+    mlp = 3 * self.width * self.mlp_width  # gate, up, down
+    return Flops(
+      token=6 * self.num_layers * (attention + mlp),
+      pair=12 * self.num_layers * heads,
+      edge=6 * self.vocab_size * self.width,
+    )
