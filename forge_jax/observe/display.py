@@ -193,6 +193,12 @@ class LiveDisplay:
       f"  lag mean {_figure(get(names.LAG_MEAN), '.2f')}"
       f"  max {_figure(get(names.LAG_MAX), '.0f')}"
     )
+    tree = (
+      f"merged {_times(get(names.TREE_MERGE_RATIO))}"
+      f" of {_times(get(names.TREE_POSSIBLE_RATIO))}"
+      f"  FLOPs saved {_times(get(names.TREE_FLOP_BOUND))},"
+      f" {_percent(get(names.TREE_ACHIEVED))} of it achieved"
+    )
     mismatch = (
       f"max {_figure(get(names.MISMATCH_MAX), '.1e')}"
       f"  mean {_figure(get(names.MISMATCH_MEAN), '.1e')}"
@@ -205,6 +211,7 @@ class LiveDisplay:
       ("tokens/s", rates),
       ("queue", queue),
       ("weights", weights),
+      ("tree", tree),
       ("mismatch", mismatch),
     ]
     if self._evaluations:
@@ -299,6 +306,10 @@ def _evaluation(step: int, success: Mapping[str, float]) -> str:
 
 def _figure(value: float | None, spec: str) -> str:
   return "-" if value is None else format(value, spec)
+
+
+def _times(value: float | None) -> str:
+  return "-" if value is None else f"{value:.1f}x"
 
 
 def _percent(value: float | None) -> str:

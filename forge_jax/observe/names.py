@@ -19,10 +19,20 @@ RATIO_CLIPPED = "ratio/clipped"  # share of tokens whose ratio is clipped, 0..1
 MISMATCH_MEAN = "mismatch/mean"  # |engine - trainer log-probability|, nats,
 MISMATCH_MAX = "mismatch/max"  # over tokens sampled by the same weights
 
-TREE_MERGE_RATIO = "tree/merge_ratio"  # request tokens / unique tokens
-TREE_FILL = "tree/fill"  # share of the packs' slots that hold a token, 0..1
 TREE_REQUEST_TOKENS = "tree/request_tokens"  # before merging, in the step
 TREE_UNIQUE_TOKENS = "tree/unique_tokens"  # after merging, in the step
+TREE_MERGE_RATIO = "tree/merge_ratio"  # request tokens / unique tokens
+TREE_POSSIBLE_RATIO = "tree/possible_ratio"  # if every request extended its
+# predecessor, the request before it in its episode
+TREE_COLLAPSED = "tree/collapsed"  # 1: the ratio is under half the possible one
+TREE_FLOP_BOUND = "tree/flop_bound"  # FLOPs of the requests one by one / FLOPs
+# of their merged forest
+TREE_ACHIEVED = "tree/achieved"  # that forest's FLOPs / FLOPs executed, with
+# replays, padding and the hidden part of visited blocks, 0..1
+TREE_FILL = "tree/fill"  # share of the packs' slots that hold a token, 0..1
+TREE_REPLAY = "tree/replay"  # share of those that a cut made repeat, 0..1
+TREE_BATCHES = "tree/batches"  # device batches of the step
+TREE_SHAPES = "tree/shapes"  # shapes of device batches so far, each compiled
 
 THROUGHPUT_ROLLOUT = "throughput/rollout"  # tokens a busy second, last step
 THROUGHPUT_TRAINING = "throughput/training"

@@ -148,6 +148,15 @@ def _success(record: RunRecord) -> list[charts.Series]:
   return [*evaluated, sampled]
 
 
+def _merging(record: RunRecord) -> list[charts.Series]:
+  possible = _points(record, names.TREE_POSSIBLE_RATIO)
+  return [
+    charts.Series("tokens", _points(record, names.TREE_MERGE_RATIO), 0),
+    charts.Series("tokens, possible", possible, 1, dashed=True),
+    charts.Series("FLOPs", _points(record, names.TREE_FLOP_BOUND), 2),
+  ]
+
+
 def _curves(record: RunRecord) -> str:
   def one(label: str, name: str, color: int = 0) -> charts.Series:
     return charts.Series(label, _points(record, name), color)
@@ -156,6 +165,11 @@ def _curves(record: RunRecord) -> str:
   mismatch = [
     one("max", names.MISMATCH_MAX, 1),
     one("mean", names.MISMATCH_MEAN, 0),
+  ]
+  packing = [
+    one("achieved", names.TREE_ACHIEVED, 0),
+    one("fill", names.TREE_FILL, 2),
+    one("replay", names.TREE_REPLAY, 1),
   ]
   drawings = (
     (
@@ -173,6 +187,14 @@ def _curves(record: RunRecord) -> str:
     (
       "Tokens a busy second",
       charts.line_chart("rates", rates, log=True),
+    ),
+    (
+      "What merging saves: request tokens per distinct token, and FLOPs",
+      charts.line_chart("merging", _merging(record)),
+    ),
+    (
+      "How much of it is achieved: FLOPs, packs filled, replays",
+      charts.line_chart("packing", packing, percent=True),
     ),
     (
       "Share of tokens whose importance ratio is clipped",

@@ -47,6 +47,14 @@ def test_the_panel_shows_every_figure():
     shown.observe(step(number))
   shown.update(
     {
+      names.TREE_MERGE_RATIO: 5.94,
+      names.TREE_POSSIBLE_RATIO: 6.2,
+      names.TREE_FLOP_BOUND: 4.81,
+      names.TREE_ACHIEVED: 0.93,
+    }
+  )
+  shown.update(
+    {
       names.QUEUE_HEAD: 17,
       names.QUEUE_IN_FLIGHT: 8,
       names.QUEUE_WAITING: 2,
@@ -63,6 +71,7 @@ def test_the_panel_shows_every_figure():
     "rollout 412  training 1.5k  data -  I/O 3.4M",
     "head 17  in flight 8  complete, waiting 2",
     "version 3",
+    "merged 5.9x of 6.2x  FLOPs saved 4.8x, 93.0% of it achieved",
     "max 3.1e-05",
     "1:30 elapsed, 3:30 left",
     "step 0: held-out 36.0%, unseen phrasings 52.0%",

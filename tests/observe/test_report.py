@@ -69,6 +69,9 @@ def record():
         names.TRAIN_REWARD: 0.1,
         names.TRAIN_GRAD_NORM: None,
         names.RATIO_CLIPPED: 0.01,
+        names.TREE_MERGE_RATIO: 5.9,
+        names.TREE_POSSIBLE_RATIO: 6.2,
+        names.TREE_ACHIEVED: 0.93,
         names.MISMATCH_MAX: 1e-4,
         names.THROUGHPUT_ROLLOUT: 400.0,
       },
@@ -117,8 +120,9 @@ def test_the_page_holds_what_was_asked(tmp_path, record):
     '"learning_rate": 2e-05',
   ):
     assert part in page.text, part
-  # Of the six charts, the gradient norm has no finite value.
-  assert page.tags.count("svg") == 5
+  # Of the eight charts, the gradient norm has no finite value.
+  assert page.tags.count("svg") == 7
+  assert "possible" in page.text and "achieved" in page.text
   assert "Gradient norm" not in page.text
   assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
 
