@@ -189,7 +189,7 @@ def _curves(record: RunRecord) -> str:
       charts.line_chart("rates", rates, log=True),
     ),
     (
-      "What merging saves: request tokens per distinct token, and FLOPs",
+      "What merging saves, times: tokens and FLOPs",
       charts.line_chart("merging", _merging(record)),
     ),
     (
