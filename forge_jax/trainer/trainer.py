@@ -10,6 +10,7 @@ Invariants:
 
 from collections.abc import Mapping, Sequence
 import dataclasses
+import logging
 import time
 from typing import Any
 
@@ -19,8 +20,11 @@ import numpy as np
 from forge_jax import errors, types
 from forge_jax.observe import names
 from forge_jax.trainer import credit, update
+from forge_jax.tree import collapse
+from forge_jax.tree import cost as cost_lib
 from forge_jax.tree import pack as pack_lib
 
+_LOG = logging.getLogger(__name__)
 _UNPUBLISHED = -2  # a version that no token carries
 
 
@@ -59,6 +63,9 @@ class Trainer:
     self._credit = credit_config
     self._pack = pack_config
     self._vocab_size = vocab_size
+    flops = updater.decoder(self.state).config.flops()
+    self._cost = cost_lib.Cost(flops.token, flops.pair, flops.edge)
+    self._shapes: set[tuple[int, ...]] = set()  # of device batches so far
 
   def weights(self) -> types.WeightsVersion:
     """The current weights; copy them before the next step."""
@@ -83,15 +90,16 @@ class Trainer:
     groups = sorted(groups, key=lambda group: group.index)
     size = len(groups) // self.config.minibatches
     parts = [groups[i : i + size] for i in range(0, len(groups), size)]
-    sums, norms, credits, packs = None, [], [], []
+    sums, norms, credits, packs, updates = None, [], [], [], []
     data_seconds = 0.0
     for i, part in enumerate(parts):
       started = time.perf_counter()
       samples, stats = credit.assign_credit(part, self._credit)
       credits.append(stats)
       batches, pack_stats = pack_lib.pack(
-        samples, self._pack, vocab_size=self._vocab_size
+        samples, self._pack, vocab_size=self._vocab_size, cost=self._cost
       )
+      updates.append(samples)
       packs.append(pack_stats)
       data_seconds += time.perf_counter() - started
       if not samples:
@@ -100,14 +108,17 @@ class Trainer:
       # Only the first update starts from the weights of version `step`.
       version = self.step if i == 0 else _UNPUBLISHED
       for batch in batches:
+        self._note_shape(batch)
         gradient, new = self._updater.accumulate(
           self.state, gradient, batch, version
         )
         sums = new if sums is None else update.merge_sums(sums, new)
       self.state, norm = self._updater.apply(self.state, gradient)
       norms.append(norm)
+    # The host's figures are made while the device still computes.
+    metrics = _host_metrics(groups, self.step, credits)
+    metrics |= self._tree_metrics(updates, sum(packs[1:], packs[0]))
     jax.block_until_ready(self.state)
-    metrics = _host_metrics(groups, self.step, credits, packs)
     if sums is not None:
       metrics |= _loss_metrics(sums, len(norms))
       metrics[names.TRAIN_GRAD_NORM] = sum(norms) / len(norms)
@@ -115,15 +126,46 @@ class Trainer:
     self.step += 1
     return metrics
 
+  def _note_shape(self, batch: types.PackedBatch) -> None:
+    edges, rows = batch.edge_token_BE.shape[1], batch.row_edge_BM.shape[1]
+    shape = (*batch.tokens_BT.shape, edges, rows)
+    if shape not in self._shapes:
+      self._shapes.add(shape)
+      _LOG.info(
+        "new shape of device batches: %d packs of %d tokens, %d edges, %d rows",
+        *shape,
+      )
+
+  def _tree_metrics(
+    self,
+    updates: Sequence[Sequence[types.Sample]],
+    packed: pack_lib.PackStats,
+  ) -> dict[str, float]:
+    """What merging saved; warns when it collapsed."""
+    sharing = collapse.examine(updates, packed.merge_ratio)
+    if sharing.collapsed:
+      _LOG.warning("step %d: %s", self.step + 1, sharing)
+    return {
+      names.TREE_REQUEST_TOKENS: packed.request_tokens,
+      names.TREE_UNIQUE_TOKENS: packed.unique_tokens,
+      names.TREE_MERGE_RATIO: packed.merge_ratio,
+      names.TREE_POSSIBLE_RATIO: sharing.possible_ratio,
+      names.TREE_COLLAPSED: float(sharing.collapsed),
+      names.TREE_FLOP_BOUND: packed.flop_bound(self._cost),
+      names.TREE_ACHIEVED: packed.achieved(self._cost),
+      names.TREE_FILL: packed.fill,
+      names.TREE_REPLAY: packed.replay,
+      names.TREE_BATCHES: packed.batches,
+      names.TREE_SHAPES: len(self._shapes),
+    }
+
 
 def _host_metrics(
   groups: Sequence[types.Group],
   step: int,
   credits: Sequence[credit.CreditStats],
-  packs: Sequence[pack_lib.PackStats],
 ) -> dict[str, float]:
-  """What is known without the device."""
-  packed = sum(packs[1:], packs[0])
+  """What credit and the groups tell."""
   versions = [
     completion.versions
     for group in groups
@@ -142,10 +184,6 @@ def _host_metrics(
     names.TRAIN_SUCCESS: mean("success_rate"),
     names.TRAIN_SAMPLES: sum(c.samples for c in credits),
     names.TRAIN_RESPONSE_TOKENS: sum(c.response_tokens for c in credits),
-    names.TREE_REQUEST_TOKENS: packed.request_tokens,
-    names.TREE_UNIQUE_TOKENS: packed.unique_tokens,
-    names.TREE_MERGE_RATIO: packed.merge_ratio,
-    names.TREE_FILL: packed.fill,
     # The one appended token of lag 0 keeps a batch without tokens defined.
     names.LAG_MEAN: float(lag.sum()) / max(len(lag) - 1, 1),
     names.LAG_MAX: int(lag.max()),

@@ -122,15 +122,15 @@ def examine(
   Returns:
     Both ratios; with the cause where merging has collapsed.
   """
-  chains_of = [_chains(samples) for samples in updates]
-  counts = [_count(chains) for chains in chains_of if chains]
-  requested, unique, followers = np.sum([(0, 0, 0), *counts], 0)
+  chains_of = [_chains(samples) for samples in updates if samples]
+  every = list(itertools.chain.from_iterable(chains_of))
+  followers = sum(map(len, every)) - len(every)
   if not followers:
     return Sharing(merge_ratio, merge_ratio, None)
+  requested, unique = np.sum([_count(chains) for chains in chains_of], 0)
   possible = max(float(requested / unique), merge_ratio)
   cause = None
   if merge_ratio < limit * possible:
-    every = itertools.chain.from_iterable(chains_of)
     forks = [fork for chain in every for fork in _forks(chain)]
     cause = _cause(forks, followers)
   return Sharing(merge_ratio, possible, cause)
@@ -148,18 +148,19 @@ def _inputs(sample: types.Sample) -> int:
   return len(sample.prompt_ids) + max(len(sample.response_ids) - 1, 0)
 
 
-def _count(chains: Sequence[Chain]) -> tuple[int, int, int]:
-  """Request tokens, the distinct ones if all extended, and the followers."""
+def _count(chains: Sequence[Chain]) -> tuple[int, int]:
+  """Request tokens, and the distinct ones if all extended predecessors."""
   samples = [sample for chain in chains for sample in chain]
-  sizes = np.array([_inputs(sample) for sample in samples])
   prompts = np.array([len(sample.prompt_ids) for sample in samples])
+  responses = np.array([len(sample.response_ids) for sample in samples])
+  sizes = prompts + np.maximum(responses - 1, 0)  # as `_inputs`
   before = np.roll(sizes, 1)
   first = np.cumsum([0, *map(len, chains[:-1])])
   roots = [np.empty(0, np.int32), *(chain[0].prompt_ids for chain in chains)]
   before[first] = [merge.common_prefix(*p) for p in itertools.pairwise(roots)]
   # A response is new, however short the prompt has become.
   new = sizes - np.minimum(before, prompts)
-  return sizes.sum(), new.sum(), len(samples) - len(chains)
+  return sizes.sum(), new.sum()
 
 
 def _forks(chain: Chain) -> Iterator[_Fork]:
