@@ -177,7 +177,8 @@ def test_a_named_attention_is_used():
   state, got, _ = gradient(named, tiny.samples())
   _, want, _ = gradient(plain, tiny.samples())
   close(got, want, 1e-5)
-  [batch], _ = pack.pack(tiny.samples(), PACK, vocab_size=64)
+  whole = dataclasses.replace(PACK, buckets=1)
+  [batch], _ = pack.pack(tiny.samples(), whole, vocab_size=64)
   # T * T scores, which only the reference has.
   dense = [
     "256x256x" in up.lower(state, got, batch).as_text() for up in (named, plain)

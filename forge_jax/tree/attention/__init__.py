@@ -11,15 +11,17 @@ One signature, several implementations, which the tests hold equal:
 import jax
 
 from forge_jax import errors, types
-from forge_jax.tree.attention import reference, xla
+from forge_jax.tree.attention import pallas_gpu, pallas_tpu, reference, xla
 
 # A module a name; each has `attention(q, k, v, layout, block, *, interpret)`.
 _MODULES = {
   "reference": reference,
   "xla": xla,
+  "pallas_tpu": pallas_tpu,
+  "pallas_gpu": pallas_gpu,
 }
 _FASTEST = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}  # by platform; else xla
-NAMES = ("auto", "reference", "xla", "pallas_tpu", "pallas_gpu")
+NAMES = ("auto", *_MODULES)
 
 
 def resolve(implementation: str, platform: str) -> str:
