@@ -90,7 +90,7 @@ def _check(q_BTHC: jax.Array, layout: types.TreeLayout, block: int) -> None:
       f"{block}"
     )
   B, T = q_BTHC.shape[:2]
-  size = _scalar_bytes(B, T, block)
+  size = 4 * (layout.key_block.size + 2 * layout.query_start.size)
   if size > _SCALAR_BYTES:
     fits = (
       b
@@ -105,9 +105,9 @@ def _check(q_BTHC: jax.Array, layout: types.TreeLayout, block: int) -> None:
 
 
 def _scalar_bytes(packs: int, tokens: int, block: int) -> int:
-  """Bytes of the lists of `_plan`, at most."""
+  """Bytes of the scalars of `_plan` for a layout of these sizes."""
   blocks = tokens // block
-  return 4 * packs * (blocks * (blocks + 1) // 2 + 2 * blocks)
+  return 4 * packs * (blocks * (blocks + 1) // 2 + 2 * (blocks + 1))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
