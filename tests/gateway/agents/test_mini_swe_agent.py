@@ -24,7 +24,7 @@ async def test_it_edits_a_file(stage, call, task, protocol):
     OPENAI_API_KEY=stage.keys.api_key,
     OPENAI_BASE_URL=stage.keys.base_url,
     ANTHROPIC_API_KEY=stage.keys.api_key,
-    ANTHROPIC_API_BASE=stage.url,
+    ANTHROPIC_BASE_URL=stage.url,
     MSWEA_CONFIGURED="true",  # else it asks for a key
     MSWEA_COST_TRACKING="ignore_errors",  # the model has no price
     LITELLM_LOCAL_MODEL_COST_MAP="true",  # else it fetches prices
