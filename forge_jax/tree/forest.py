@@ -146,10 +146,11 @@ def _nodes(forest: Forest, pack: plan.Pack) -> np.ndarray:
   """Where in T a pack's tokens lie, in order."""
   parts = []
   for first, stop in pack:
-    depth = np.arange(forest.depth[first])
+    depth = np.arange(forest.depth[first], dtype=np.int32)
     sample = np.full(len(depth), forest.tree.order[first])
     parts.append(forest.tree.find(sample, depth))
-    parts.append(np.arange(forest.start[first], forest.start[stop]))
+    branches = (forest.start[first], forest.start[stop])
+    parts.append(np.arange(*branches, dtype=np.int32))
   nodes = np.concatenate(parts)
   if _increasing(nodes):  # one run, or no ancestors to replay
     return nodes

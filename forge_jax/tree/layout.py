@@ -42,14 +42,14 @@ def _block_plan(
   tokens = len(subtree_end_T)
   blocks = tokens // block
   last = (subtree_end_T.reshape(blocks, block).max(1) - 1) // block
-  index = np.arange(blocks)
+  index = np.arange(blocks, dtype=np.int32)
   visible = (index <= index[:, None]) & (index[:, None] <= last)
   capacity = plan_capacity(tokens, block)
   plan = []
-  for by_row in (visible, visible.T):
+  for by_row in (visible, np.ascontiguousarray(visible.T)):
     start = np.zeros(blocks + 1, np.int32)
     np.cumsum(by_row.sum(1), out=start[1:])
     column = np.zeros(capacity, np.int32)
-    column[: start[-1]] = np.nonzero(by_row)[1]
+    column[: start[-1]] = np.broadcast_to(index, by_row.shape)[by_row]
     plan += [start, column]
   return tuple(plan)

@@ -5,12 +5,12 @@ range of them: it needs the tokens its samples add to one another, and the
 ancestors of its first sample, which it replays. A pack holds runs.
 
 1. Cut: the forest becomes runs that fit a pack each, by a shortest path over
-   the places where it may be cut. Two lengths of a run are tried, since either
-   wins on some forests: what it replays, except that a replay under 1/64 of
-   the run is free (runs come out small and are combined in step 2), and the
-   token slots of the smallest shape that holds it (a run fills a pack alone).
-2. Place: runs go into packs, the largest first, each into the fullest pack
-   that holds it. The plan of fewest packs wins, then that of fewest slots.
+   the places where it may be cut. The length of a run is the token slots of
+   the smallest shape that holds it, as if it filled a pack alone. Where that
+   leaves slots empty, another length is tried: the tokens a run replays, less
+   1/64 of its own, so that cheap cuts make small runs, which step 2 combines.
+2. Place: runs go into packs, the largest first, each into the first pack that
+   holds it. The plan of fewest packs wins, then that of fewest slots.
 3. Batch: packs of like cost form a device batch. The last one, which has the
    cheapest, is planned again: all its packs share the work, and the smallest
    shape that can serve does.
@@ -27,7 +27,7 @@ _PAIRS = COST  # in Sizes, where the cost of a run is not yet known
 
 _FREE = 1 / 64  # of a run: the replay that a cut may cost
 _GOOD = 1 / 32  # how far from the best a plan may be for others to be tried
-_CELLS = 48  # places to cut in a pack's worth of samples
+_CELLS = 24  # places to cut in a pack's worth of samples
 _ROUNDS = 4  # of the search for the last batch's cost
 
 Run = tuple[int, int]  # first sample, and the one after the last
@@ -49,14 +49,18 @@ class Sizes:
   replay: np.ndarray  # [4, n], of a sample's ancestors, if it opens a run
   flops: np.ndarray  # [4], the cost of one of each
 
-  def needs(self, start: np.ndarray, stop: np.ndarray | int) -> np.ndarray:
+  def needs(self, start: np.ndarray, stop: np.ndarray) -> np.ndarray:
     """Tokens, edges, rows and cost of runs; float64 [4, runs].
 
     Edges are bounded from above: by rows, and by the edges of the samples and
     of the replayed ancestors. The rest is exact.
     """
-    need = self.total[:, stop].reshape(4, -1) - self.total[:, start]
-    need += self.replay[:, start]
+    before = self.total[:, start] - self.replay[:, start]
+    return self.between(before, self.total[:, stop])
+
+  def between(self, before: np.ndarray, total: np.ndarray) -> np.ndarray:
+    """The same, given what runs need not have and have by their ends."""
+    need = total - before
     np.minimum(need[EDGES], need[ROWS], out=need[EDGES])
     need[COST] = self.flops @ need
     return need
@@ -104,21 +108,18 @@ def _fill(
   limit = limits[-1]
   least = _once(sizes, runs)[TOKENS]
   best, best_price = [], (np.inf if most is None else most + 1, 0.0)
-  for pieces in _pieces(sizes, runs, limits):
+  for pieces in _tries(sizes, runs, limits):
     need = sizes.of(pieces)
     fewest = _fewest(need, limit)
     if fewest > best_price[0]:
       continue
-    for tightest in (True, False):
-      made = _place(pieces, need, limit, tightest)
-      loads = np.stack([_load(sizes, pack) for pack in made], 1)
-      price = (len(made), _slots(loads, limits).sum())
-      if price < best_price:
-        best, best_price = made, price
-      if len(made) <= fewest:
-        break
-    good = best_price[1] * (1 - _GOOD) <= least
-    if best and (most is not None or (good and len(best) == fewest)):
+    made = _place(pieces, need, limit)
+    loads = np.stack([_load(sizes, pack) for pack in made], 1)
+    price = (len(made), _slots(loads, limits).sum())
+    if price < best_price:
+      best, best_price = made, price
+    good = len(best) == fewest and best_price[1] * (1 - _GOOD) <= least
+    if best and (good or most is not None):
       break
   return best
 
@@ -139,19 +140,19 @@ def _load(sizes: Sizes, pack: Pack) -> np.ndarray:
   return sizes.of(pack).sum(1)
 
 
-def _pieces(
+def _tries(
   sizes: Sizes, runs: Sequence[Run], limits: np.ndarray
 ) -> Iterator[list[Run]]:
-  """The ways to cut runs that are tried, as lists of runs."""
-
-  def replayed(need, replay):
-    return np.maximum(replay - _FREE * need[TOKENS], 0)
+  """The ways to cut runs, each a list of runs."""
 
   def slots(need, replay):
     del replay
     return _slots(need, limits) + 1e-3 * need[TOKENS]
 
-  for price in (replayed, slots):
+  def replayed(need, replay):
+    return np.maximum(replay - _FREE * need[TOKENS], 0)
+
+  for price in (slots, replayed):
     cuts = [_cut(sizes, run, limits[-1], price) for run in runs]
     yield list(itertools.chain(*cuts))
   # So that a plan never takes more packs than samples placed one by one.
@@ -172,13 +173,16 @@ def _cut(sizes: Sizes, run: Run, limit: np.ndarray, price: Price) -> list[Run]:
   places = _places(sizes, run, limit)
   tokens = sizes.total[TOKENS, places]
   first = np.searchsorted(tokens, tokens - limit[TOKENS]).tolist()
+  total, replay = sizes.total[:, places], sizes.replay[:, places[:-1]]
+  before = total[:, :-1] - replay
+  limit = limit[:, None]
   best = np.zeros(len(places))
   came_from = [0] * len(places)
   for i in range(1, len(places)):
-    starts = places[first[i] : i]
-    need = sizes.needs(starts, places[i])
-    length = best[first[i] : i] + price(need, sizes.replay[TOKENS, starts])
-    length[(need > limit[:, None]).any(0)] = np.inf
+    starts = slice(first[i], i)
+    need = sizes.between(before[:, starts], total[:, i : i + 1])
+    length = best[starts] + price(need, replay[TOKENS, starts])
+    length[(need > limit).any(0)] = np.inf
     back = int(length[::-1].argmin())
     best[i], came_from[i] = length[-1 - back], i - 1 - back
   runs, i = [], len(places) - 1
@@ -209,25 +213,19 @@ def _places(sizes: Sizes, run: Run, limit: np.ndarray) -> np.ndarray:
 
 
 def _place(
-  runs: Sequence[Run], need: np.ndarray, limit: np.ndarray, tightest: bool
+  runs: Sequence[Run], need: np.ndarray, limit: np.ndarray
 ) -> list[Pack]:
-  """Places runs, the largest first, in the fullest pack that holds each.
-
-  Not `tightest`: in the first.
-  """
+  """Places runs, the largest first, in the first pack that holds each."""
   left = np.empty((4, len(runs)))  # of each pack
   packs: list[Pack] = []
   columns = need.T.copy()[:, :, None]
   starts = [start for start, _ in runs]
   for i in np.lexsort((starts, -need[TOKENS])).tolist():
-    room = left[:, : len(packs)]
-    fits = np.flatnonzero((room >= columns[i]).all(0))
-    if not len(fits):
-      left[:, len(packs)] = limit
-      chosen = len(packs)
+    fits = (left[:, : len(packs)] >= columns[i]).all(0)
+    chosen = int(fits.argmax()) if fits.any() else len(packs)
+    if chosen == len(packs):
+      left[:, chosen] = limit
       packs.append([])
-    else:
-      chosen = fits[room[TOKENS, fits].argmin()] if tightest else fits[0]
     left[:, chosen] -= need[:, i]
     packs[chosen].append(runs[i])
   return [_joined(pack) for pack in packs]
@@ -255,24 +253,30 @@ def _spread(
   samples = np.concatenate([np.arange(*run) for run in runs])
   alone = sizes.needs(samples, samples + 1).max(1)
   once = _once(sizes, runs)
-  best, limit = list(group), limits[-1].copy()
-  for shape in limits:
-    if (alone <= shape).all() and (once <= packs * shape)[:EDGES].all():
-      made = _fill(sizes, runs, shape[None], packs)
+  best, need = list(group), _worst(sizes, group)
+  for limit in limits:
+    if (need <= limit).all():
+      break
+    if (alone <= limit).all() and once[TOKENS] <= packs * limit[TOKENS]:
+      made = _fill(sizes, runs, limit[None], packs)
       if made:
-        best, limit = made, shape.copy()
+        best, need = made, _worst(sizes, made)
         break
   low = max(alone[COST], sizes.flops @ once / packs)
-  high = max(_load(sizes, pack)[COST] for pack in best)
+  limit = limit.copy()
   for _ in range(_ROUNDS):
-    if high <= low * (1 + _GOOD):
+    if need[COST] <= low * (1 + _GOOD):
       break
     # A little over, so that rounding forbids no run that should fit.
-    limit[COST] = (low + high) / 2 * (1 + 1e-9)
+    limit[COST] = (low + need[COST]) / 2 * (1 + 1e-9)
     made = _fill(sizes, runs, limit[None], packs)
     if made:
-      best = made
-      high = max(_load(sizes, pack)[COST] for pack in best)
+      best, need = made, _worst(sizes, made)
     else:
       low = limit[COST]
   return best
+
+
+def _worst(sizes: Sizes, packs: Sequence[Pack]) -> np.ndarray:
+  """The most that any pack needs of each; [4]."""
+  return np.max([_load(sizes, pack) for pack in packs], axis=0)

@@ -100,6 +100,9 @@ def test_every_row_is_recovered_exactly_once(seed, count, config, share):
     used = b.samples_BT > 0
     assert stats.request_tokens >= used.sum()
     assert (np.diff(used.astype(int)) <= 0).all()  # padding comes last
+    alone_BT = np.broadcast_to(np.arange(1, used.shape[1] + 1), used.shape)
+    end_BT = b.layout.subtree_end_BT
+    np.testing.assert_array_equal(end_BT[~used], alone_BT[~used])
 
 
 @settings(deadline=None, max_examples=60)
