@@ -15,8 +15,8 @@ would make seven.
 
 The G query heads of a key head share a step, so keys are fetched once and never
 repeated. The forward kernel keeps queries in rows and keys in lanes, which
-feeds the matrix unit best; the backward kernel is the other way round, because
-there three of its five products then need no transposition.
+feeds the matrix units best; the backward kernel has it the other way round, so
+that no matrix of the size of the scores is ever transposed.
 
 The mask is computed from the key block's slice of subtree ends, and only where
 a pair is not visible as a whole. Splash attention reads masks of partly visible
@@ -86,8 +86,8 @@ def _check(q_BTHC: jax.Array, layout: types.TreeLayout, block: int) -> None:
     )
   if block % kernels.LANES:
     raise errors.ConfigError(
-      f"attention on TPU takes blocks of a multiple of {kernels.LANES} tokens, not "
-      f"{block}"
+      f"attention on TPU takes blocks of a multiple of {kernels.LANES} "
+      f"tokens, not {block}"
     )
   B, T = q_BTHC.shape[:2]
   size = 4 * (layout.key_block.size + 2 * layout.query_start.size)

@@ -68,9 +68,7 @@ def forward(
 
   def compute(masked):
     if masked:
-      q_index = query * block + _iota((block, block), 0)
-      k_index = key * block + _iota((1, block), 1)
-      mask = (k_index <= q_index) & (q_index < end_ref[...])
+      mask = _visible(query, key, block, end_ref[...], query_axis=0)
 
     @_each(heads)
     def _(g):
@@ -135,11 +133,9 @@ def backward(
 
   def compute(masked):
     if masked:
-      q_index = query * block + _iota((1, block), 1)
-      k_index = key * block + _iota((block, block), 0)
       end = jnp.broadcast_to(end_ref[...], (LANES, block)).T
       end = jnp.tile(end, (1, block // LANES))
-      mask = (k_index <= q_index) & (q_index < end)
+      mask = _visible(query, key, block, end, query_axis=1)
     k_transposed = k_ref[...].T
 
     @_each(heads)
@@ -207,10 +203,10 @@ def _adder(pairs_ref, dq_ref, parts_ref, fetched, written):
 
 
 def _masked_if_needed(compute, query, key, block, lowest_ref) -> None:
-  """Runs `compute(masked)`: the mask costs a quarter of a step's time.
+  """Runs `compute(masked)`, without the mask where the whole pair is visible.
 
-  Not needed when every query of the block comes after the key block and before
-  the lowest of its subtree ends.
+  It is when its queries come after the key block and before the lowest of its
+  subtree ends. The mask makes a step up to 5 % longer.
   """
   whole = (query > key) & (lowest_ref[key] >= (query + 1) * block)
   pl.when(whole)(lambda: compute(False))
@@ -234,8 +230,13 @@ def _dot(a, b, dims) -> jax.Array:
   )
 
 
-def _iota(shape, axis) -> jax.Array:
-  return lax.broadcasted_iota(jnp.int32, shape, axis)
+def _visible(query, key, block, end, *, query_axis) -> jax.Array:
+  """Bool [block, block]: whether a query sees a key, given the keys' ends."""
+  index = lambda start, axis: (
+    start * block + lax.broadcasted_iota(jnp.int32, (block, block), axis)
+  )
+  queries, keys = index(query, query_axis), index(key, 1 - query_axis)
+  return (keys <= queries) & (queries < end)
 
 
 def _log2_factor(C: int) -> float:
