@@ -110,8 +110,17 @@ def step(tpu, remat):
   tokens, ints = array((2, T), jnp.int32), array((2, rows), jnp.int32)
   floats = array((2, rows), jnp.float32)
   batch = types.PackedBatch(
-    *(tokens, tokens, layout_like(array, 2, T, block)),
-    *(ints, ints, ints, floats, floats, floats, ints),
+    tokens_BT=tokens,
+    position_BT=tokens,
+    samples_BT=tokens,
+    layout=layout_like(array, 2, T, block),
+    edge_parent_BE=ints,
+    edge_token_BE=ints,
+    row_edge_BM=ints,
+    old_logprob_BM=floats,
+    advantage_BM=floats,
+    weight_BM=floats,
+    version_BM=ints,
   )
   return updater.lower(update.TrainState(params, None), params, batch)
 
