@@ -18,10 +18,10 @@ K and V are never repeated and never held whole: programs load tiles of the
 ends; a tile pair that is wholly visible (its keys lie before its queries and
 the least of their ends lies after) skips it.
 
-The plan's block is the granularity of the lists, the tile that of the work:
-`_TILES` per kernel, head size and width of the dtype. Blocks of 128 fit both.
-Products of float32 are made in TF32, as JAX's matmuls on GPUs are, unless
-jax_default_matmul_precision asks for more.
+The plan's block is the granularity of the lists, the tile that of the work
+(gpu_tiles.py); blocks of 128 fit all tiles. Products of float32 are made in
+TF32, as JAX's matmuls on GPUs are, unless jax_default_matmul_precision asks for
+more.
 
 Triton and not Mosaic GPU, because one source then serves A100 and Hopper and
 runs in interpret mode without a GPU; Mosaic GPU would add Hopper's bulk copies
@@ -42,50 +42,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from forge_jax import errors, types
+from forge_jax.tree.attention import gpu_tiles
 
 _HIDDEN = -1e30  # score of an invisible key; its weight is 0, because
 _LEAST_MAXIMUM = -1e20  # running maxima start here, far above
 _LOG2_E = math.log2(math.e)
 _LEAST_SIDE = 16  # of a matrix product in Triton
-
-
-@dataclasses.dataclass(frozen=True)
-class _Tile:
-  """How one kernel is cut: tokens of a tile, and the compiler's parameters."""
-
-  queries: int
-  keys: int
-  warps: int
-  stages: int  # tiles in flight: copies of the loop's operands
-
-  def within(self, block: int) -> "_Tile":
-    """The same, each side a power of two that divides `block`."""
-    most = block & -block
-    return dataclasses.replace(
-      self, queries=min(self.queries, most), keys=min(self.keys, most)
-    )
-
-
-# By kernel, most channels and bytes of a number. Each is the candidate, among
-# FlashAttention-2's tiles and smaller ones, with the fewest instructions a
-# product of those that ptxas compiles for Hopper without spills and for A100
-# with at most 72 bytes of them, in the 163 KB of shared memory of an A100. The
-# forward pass keeps 128 queries a tile, for less traffic to the L2 cache; the
-# backward kernels fit twice on a multiprocessor at 2 bytes a number.
-_TILES = {
-  ("forward", 64, 2): _Tile(queries=128, keys=64, warps=4, stages=3),
-  ("forward", 128, 2): _Tile(queries=128, keys=64, warps=8, stages=3),
-  ("dq", 64, 2): _Tile(queries=128, keys=32, warps=4, stages=3),
-  ("dq", 128, 2): _Tile(queries=64, keys=64, warps=4, stages=2),
-  ("dkv", 64, 2): _Tile(queries=64, keys=64, warps=4, stages=2),
-  ("dkv", 128, 2): _Tile(queries=64, keys=64, warps=4, stages=2),
-  ("forward", 64, 4): _Tile(queries=64, keys=64, warps=4, stages=2),
-  ("forward", 128, 4): _Tile(queries=64, keys=32, warps=4, stages=2),
-  ("dq", 64, 4): _Tile(queries=64, keys=64, warps=4, stages=2),
-  ("dq", 128, 4): _Tile(queries=64, keys=32, warps=4, stages=2),
-  ("dkv", 64, 4): _Tile(queries=32, keys=64, warps=4, stages=2),
-  ("dkv", 128, 4): _Tile(queries=32, keys=32, warps=4, stages=2),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,12 +58,11 @@ class _Options:
   scale: float  # of the scores
   interpret: bool
 
-  def tile(self, kernel: str, q_BTHC: jax.Array) -> _Tile:
-    channels = 64 if q_BTHC.shape[-1] <= 64 else 128
-    tile = _TILES[kernel, channels, q_BTHC.dtype.itemsize]
-    return tile.within(self.block)
+  def tile(self, kernel: str, q_BTHC: jax.Array) -> gpu_tiles.Tile:
+    C, width = q_BTHC.shape[-1], q_BTHC.dtype.itemsize
+    return gpu_tiles.tile(kernel, C, width).within(self.block)
 
-  def call(self, kernel, tile: _Tile, **arguments):
+  def call(self, kernel, tile: gpu_tiles.Tile, **arguments):
     params = plt.CompilerParams(num_warps=tile.warps, num_stages=tile.stages)
     return pl.pallas_call(
       partial(kernel, tile=tile, options=self),
@@ -154,10 +115,10 @@ def _check(dtype, channels: int, block: int) -> None:
       f"tree attention pallas_gpu does not do {dtype}; expected bfloat16, "
       "float16 or float32"
     )
-  if channels > 128:
+  if channels > gpu_tiles.MOST_CHANNELS:
     raise errors.ConfigError(
       f"tree attention pallas_gpu does not do heads of {channels} channels; "
-      "expected at most 128"
+      f"expected at most {gpu_tiles.MOST_CHANNELS}"
     )
   if block % _LEAST_SIDE:
     raise errors.ConfigError(
@@ -211,20 +172,24 @@ def _first_token(blocks, n, tile_tokens, block):
   return blocks[entry] * block + tile * tile_tokens
 
 
-def _forward_kernel(
-  start, key_block, end, least_end, q, k, v, o, lse, *, tile, options
-):
+def _key_tile(lists, n, tile, block):
+  """First key of the n-th key tile of a plan, its slice, ends, least end."""
+  _, key_block, end, least_end = lists
+  key_0 = _first_token(key_block, n, tile.keys, block)
+  here = pl.ds(key_0, tile.keys)
+  return key_0, here, end[here], least_end[_divmod(key_0, tile.keys)[0]]
+
+
+def _forward_kernel(lists, q, k, v, o, lse, *, tile, options):
   block, factor = options.block, options.scale * _LOG2_E
   query_0 = _last_first() * tile.queries
   q_tile = q[...]
 
   def key_tile(n, carry):
     out, m, total = carry
-    key_0 = _first_token(key_block, n, tile.keys, block)
-    here = pl.ds(key_0, tile.keys)
-    least = least_end[_divmod(key_0, tile.keys)[0]]
+    key_0, here, end, least = _key_tile(lists, n, tile, block)
     s = plt.dot(q_tile, k[here, :], trans_b=True)
-    s = _visible_scores(s, query_0, key_0, end[here], least, query_axis=0)
+    s = _visible_scores(s, query_0, key_0, end, least, query_axis=0)
     m_new = jnp.maximum(m, s.max(-1) * factor)
     p = jnp.exp2(s * factor - m_new[:, None])
     shrink = jnp.exp2(m - m_new)
@@ -236,53 +201,35 @@ def _forward_kernel(
     jnp.full((tile.queries,), _LEAST_MAXIMUM, jnp.float32),
     jnp.zeros((tile.queries,), jnp.float32),
   )
-  first, stop = _row(start, query_0, tile.keys, block)
+  first, stop = _row(lists[0], query_0, tile.keys, block)
   out, m, total = lax.fori_loop(first, stop, key_tile, carry)
   o[...] = (out / total[:, None]).astype(o.dtype)
   lse[...] = m + jnp.log2(total)
 
 
-def _dq_kernel(
-  start,
-  key_block,
-  end,
-  least_end,
-  q,
-  k,
-  v,
-  do,
-  lse,
-  delta,
-  dq,
-  *,
-  tile,
-  options,
-):
+def _dq_kernel(lists, q, k, v, do, lse, delta, dq, *, tile, options):
   block, factor = options.block, options.scale * _LOG2_E
   query_0 = _last_first() * tile.queries
   q_tile, do_tile = q[...], do[...]
   lse_tile, delta_tile = lse[...][:, None], delta[...][:, None]
 
   def key_tile(n, total):
-    key_0 = _first_token(key_block, n, tile.keys, block)
-    here = pl.ds(key_0, tile.keys)
-    least = least_end[_divmod(key_0, tile.keys)[0]]
+    key_0, here, end, least = _key_tile(lists, n, tile, block)
     k_tile = k[here, :]
     s = plt.dot(q_tile, k_tile, trans_b=True)
-    s = _visible_scores(s, query_0, key_0, end[here], least, query_axis=0)
+    s = _visible_scores(s, query_0, key_0, end, least, query_axis=0)
     p = jnp.exp2(s * factor - lse_tile)
     ds = p * (plt.dot(do_tile, v[here, :], trans_b=True) - delta_tile)
     return total + plt.dot(ds.astype(k.dtype), k_tile)
 
-  first, stop = _row(start, query_0, tile.keys, block)
+  first, stop = _row(lists[0], query_0, tile.keys, block)
   zero = jnp.zeros(q_tile.shape, jnp.float32)
   total = lax.fori_loop(first, stop, key_tile, zero)
   dq[...] = (total * options.scale).astype(dq.dtype)
 
 
-def _dkv_kernel(
-  start, query_block, end, q, k, v, do, lse, delta, dk, dv, *, tile, options
-):
+def _dkv_kernel(lists, q, k, v, do, lse, delta, dk, dv, *, tile, options):
+  start, query_block, end = lists
   block, factor = options.block, options.scale * _LOG2_E
   key_0 = pl.program_id(0) * tile.keys
   k_tile, v_tile, end_tile = k[...], v[...], end[...]
@@ -336,7 +283,7 @@ def _query_operands(q_BTHC, k_BTKC, layout, tile):
   return (
     (last + 1, H, B),
     lists,
-    [_pack(x) for x in lists],
+    tuple(_pack(x) for x in lists),
     pl.BlockSpec(
       (None, tile.queries, None, C), lambda i, h, b: (b, last - i, h, 0)
     ),
@@ -357,13 +304,13 @@ def _forward(q_BTHC, k_BTKC, v_BTKC, layout: types.TreeLayout, options):
     _forward_kernel,
     tile,
     grid=grid,
-    in_specs=[*list_specs, query, key, key],
+    in_specs=[list_specs, query, key, key],
     out_specs=[query, number],
     out_shape=[
       jax.ShapeDtypeStruct(q_BTHC.shape, q_BTHC.dtype),
       jax.ShapeDtypeStruct((B, H, T), jnp.float32),
     ],
-  )(*lists, q_BTHC, k_BTKC, v_BTKC)
+  )(lists, q_BTHC, k_BTKC, v_BTKC)
   # Named so that rematerialisation can keep both and skip this kernel.
   o_BTHC = checkpoint_name(o_BTHC, "attention")
   lse_BHT = checkpoint_name(lse_BHT, "attention")
@@ -396,10 +343,10 @@ def _backward_queries(operands, layout, options):
     _dq_kernel,
     tile,
     grid=grid,
-    in_specs=[*list_specs, query, key, key, query, number, number],
+    in_specs=[list_specs, query, key, key, query, number, number],
     out_specs=query,
     out_shape=jax.ShapeDtypeStruct(q_BTHC.shape, q_BTHC.dtype),
-  )(*lists, *operands)
+  )(lists, *operands)
 
 
 def _backward_keys(operands, layout, options):
@@ -407,7 +354,7 @@ def _backward_keys(operands, layout, options):
   tile = options.tile("dkv", q_BTHC)
   B, T, K, C = k_BTKC.shape
   groups = q_BTHC.shape[2] // K
-  lists = (layout.key_start, layout.query_block)
+  start, query_block = layout.key_start, layout.query_block
   query = pl.BlockSpec((None, T, groups, C), lambda i, h, b: (b, 0, h, 0))
   number = pl.BlockSpec((None, groups, T), lambda i, h, b: (b, h, 0))
   key = pl.BlockSpec((None, tile.keys, None, C), lambda i, h, b: (b, i, h, 0))
@@ -417,12 +364,12 @@ def _backward_keys(operands, layout, options):
     tile,
     grid=(T // tile.keys, K, B),
     in_specs=[
-      *(_pack(x) for x in lists),
-      *(end, query, key, key, query, number, number),
+      (_pack(start), _pack(query_block), end),
+      *(query, key, key, query, number, number),
     ],
     out_specs=[key, key],
     out_shape=[jax.ShapeDtypeStruct(k_BTKC.shape, k_BTKC.dtype)] * 2,
-  )(*lists, layout.subtree_end_BT, *operands)
+  )((start, query_block, layout.subtree_end_BT), *operands)
 
 
 _attention.defvjp(_forward, _backward)
