@@ -10,10 +10,11 @@ with TPU one of v5p, v5e, v6e; several cases may follow one another. Needs
 TPU_LIBRARY_PATH, the path of libtpu.so.
 
 The compiler schedules a kernel's instructions itself: a bundle is what the chip
-does in one cycle, as long as memory keeps up. Of each kernel this reads, from
-the compiler's dump, the bundles of its two largest parts, which are one head of
-a pair without and with the mask; the share of the matrix units' cycles in which
-they are busy there; and the bytes of vector memory it allocates.
+does in one cycle, as long as memory keeps up. From the compiler's dump this
+reads, of each kernel, the bundles of the two parts with most matrix products,
+which are one head of a block pair without and with the mask; the share of the
+matrix units' cycles that are busy there; and the bytes of vector memory that it
+allocates.
 """
 
 import itertools
@@ -136,19 +137,21 @@ def schedule(dump):
     # A bundle's line: its number, what begins there, its instructions.
     marks = re.findall(r"(?m)^ *(?:0x)?([0-9a-f]+) +([A-Z]{2})?:[ >]*{", text)
     starts = [int(number, 16) for number, mark in marks if mark]
-    parts = sorted((b - a, a) for a, b in itertools.pairwise(starts))[-2:]
     stem = path.name.split("-")[0]
     [table] = dump.glob(f"{stem}-*final_hlo-static-per-bundle-utilization.txt")
     rows = re.findall(r"(?m)^ *(\d+)(?: +\d+)+ *$", table.read_text())
     units, *busy = map(int, rows)
+    parts = sorted(
+      (sum(busy[a:b]), b - a) for a, b in itertools.pairwise(starts)
+    )[-2:]
     [memory] = dump.glob(f"{stem}-*pre-finalize-registers-and-allocations.txt")
     sizes = re.findall(
       r"space=vmem, size = (0x[0-9a-f]+), scoped", memory.read_text()
     )
     found[name] = {
-      "bundles": [size for size, _ in parts],
+      "bundles": [size for _, size in parts],
       "matrix_units_busy": [
-        round(sum(busy[a : a + size]) / size / units, 3) for size, a in parts
+        round(work / size / units, 3) for work, size in parts
       ],
       "vector_bytes": sum(int(size, 16) for size in sizes),
     }
