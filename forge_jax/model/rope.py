@@ -79,7 +79,8 @@ def rotate(
   x: jnp.ndarray, cosine: jnp.ndarray, sine: jnp.ndarray
 ) -> jnp.ndarray:
   """Rotates the heads [..., heads, C] by angles [..., 1, C/2]; keeps dtype."""
-  first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  wide = jnp.promote_types(x.dtype, jnp.float32)
+  first, second = jnp.split(x.astype(wide), 2, axis=-1)
   return jnp.concatenate(
     [first * cosine - second * sine, second * cosine + first * sine], axis=-1
   ).astype(x.dtype)

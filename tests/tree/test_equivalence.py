@@ -158,9 +158,6 @@ def test_a_compilation_for_each_size_serves_every_tree():
   assert traces == len(sizes) <= CONFIG.buckets
 
 
-@pytest.mark.xfail(
-  strict=True, reason="model.rope rotates in float32, whatever it is given"
-)
 @pytest.mark.parametrize("remat", ["elementwise", "layer"])
 @pytest.mark.parametrize("kv_heads", [4, 2])  # multi-head and grouped-query
 def test_the_decoder_in_float64(kv_heads, remat):

@@ -73,12 +73,6 @@ def attention(tpu, T, H, K, C, block, dtype):
 
 def step(tpu, remat):
   """The trainer's gradient of two packs, model split over four chips."""
-  # The dispatcher's place is taken by the kernels.
-  update.tree_attention.tree_attention = (
-    lambda q, k, v, plan, *, block, implementation: pallas_tpu.attention(
-      q, k, v, plan, block
-    )
-  )
   T, rows, block = 1024, 256, 128
   model = model_config.ModelConfig(
     vocab_size=1024,
@@ -123,6 +117,7 @@ def step(tpu, remat):
     weight_BM=floats,
     version_BM=ints,
   )
+  assert updater.attention == "pallas_tpu"  # by the mesh's platform
   return updater.lower(update.TrainState(params, None), params, batch)
 
 
