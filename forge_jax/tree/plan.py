@@ -23,7 +23,6 @@ import itertools
 import numpy as np
 
 TOKENS, EDGES, ROWS, COST = range(4)  # what a run needs and a pack holds
-_PAIRS = COST  # in Sizes, where the cost of a run is not yet known
 
 _FREE = 1 / 64  # of a run: the replay that a cut may cost
 _GOOD = 1 / 32  # how far from the best a plan may be for others to be tried
