@@ -89,8 +89,8 @@ def attention(gpu, T, H, K, C, block, dtype):
 
 
 def kernels(dump):
-  """Threads and shared memory of the kernels of the one dumped program."""
-  [path] = dump.glob("*.thunk_sequence.txt")
+  """Threads and shared memory of the kernels of the program dumped last."""
+  *_, path = sorted(dump.glob("*.thunk_sequence.txt"))
   found = re.findall(
     r" _(\w+)_kernel grid: .* threads: \[(\d+).* shared_memory: (\d+)",
     path.read_text(),
@@ -101,16 +101,18 @@ def kernels(dump):
   }
 
 
-def spills(lowered):
-  """Whether a kernel lacks registers, which XLA can be told to refuse."""
+def compile_strictly(lowered):
+  """The program, and whether a kernel of it lacks registers.
+
+  XLA can be told to refuse such a program; then it is compiled as usual.
+  """
   strict = {"xla_gpu_fail_ptx_compilation_on_register_spilling": True}
   try:
-    lowered.compile(compiler_options=strict)
+    return lowered.compile(compiler_options=strict), False
   except jax.errors.JaxRuntimeError as error:
     if "register spilling" not in str(error):
       raise
-    return True
-  return False
+  return lowered.compile(), True
 
 
 def main(words, dump):
@@ -120,14 +122,14 @@ def main(words, dump):
   jax.config.update("jax_enable_compilation_cache", False)
   while words:
     case, words = words[:7], words[7:]
-    lowered = attention(*case)
-    memory = lowered.compile().memory_analysis()
+    program, spills = compile_strictly(attention(*case))
+    memory = program.memory_analysis()
     figures = {
       "case": case,
       "temp_bytes": memory.temp_size_in_bytes,
       "argument_bytes": memory.argument_size_in_bytes,
       "kernels": kernels(dump),
-      "spills": spills(lowered),
+      "spills": spills,
     }
     for path in dump.iterdir():
       path.unlink()

@@ -161,7 +161,7 @@ def test_under_scan_and_shard_map():
     return (jax.lax.scan(layer, q, length=2)[0] ** 2).sum()
 
   got = jax.jit(jax.grad(lambda q: loss(attend, q)))(q)
-  want = jax.grad(lambda q: loss(reference.attention, q))(q)
+  want = jax.jit(jax.grad(lambda q: loss(reference.attention, q)))(q)
   np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 

@@ -2,11 +2,11 @@
 
 Chosen without a GPU, by what Triton 3.9 and ptxas make of the kernels: among
 FlashAttention-2's tiles and smaller ones, the tile with the fewest instructions
-a product that spills no register on Hopper (sm_90), at most 72 bytes on A100
-(sm_80), and fits the 163 KB of shared memory of an A100. The forward pass keeps
-128 queries a tile, for less traffic to the L2 cache; the backward kernels fit
-twice on a Hopper multiprocessor at 2 bytes a number. A tile pair that needs no
-mask executes a quarter fewer instructions of the loop than one that does.
+a product that spills no register on Hopper (sm_90), few on A100 (sm_80; at most
+72 bytes of a thread), and fits the 163 KB of shared memory of an A100. The
+forward pass keeps 128 queries a tile, for less traffic to the L2 cache; the
+backward kernels fit twice on a Hopper multiprocessor at 2 bytes a number. A
+tile pair that needs no mask skips a quarter of its loop's instructions.
 """
 
 import dataclasses
