@@ -27,6 +27,10 @@ class ContextOverflowError(EngineError):
   """A prompt that leaves no room for a response in the context."""
 
 
+class GrammarError(EngineError):
+  """A grammar that no response can be constrained to; says what is wrong."""
+
+
 class GatewayError(ForgeError):
   """A request that the gateway refuses, or a gateway that cannot be used."""
 

@@ -9,25 +9,68 @@ from collections.abc import AsyncIterator, Mapping
 import dataclasses
 from typing import Protocol
 
-from forge_jax import types
+from forge_jax import errors, types
+
+# Most alternatives that a request may ask for beside each sampled token.
+MOST_TOP_LOGPROBS = 20
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class SamplingParams:
   """How one completion is sampled.
 
+  A token's distribution is made from the logits in this order: repetition
+  penalty, presence and frequency penalties, bias, grammar, temperature, top-k,
+  top-p, min-p; each of the last three acts on what the one before has left.
+
   Log-probabilities are reported under the distribution that is sampled from:
-  after temperature, top-k and top-p. At temperature 0 the sampled token is the
-  most likely one and its log-probability that of temperature 1.
+  after all of these. At temperature 0 the sampled token is the most likely one
+  that is allowed, and its log-probability that of temperature 1.
+
+  An engine that cannot honour a field refuses a request that sets it, with an
+  `EngineError` that names the field.
   """
 
   max_tokens: int
   temperature: float = 1.0
   top_k: int = 0  # 0: no limit
   top_p: float = 1.0
+  min_p: float = 0.0  # least share of the most likely token's probability
+  # Taken from the logits of tokens that the response already has: once, and as
+  # often as it has them.
+  presence_penalty: float = 0.0
+  frequency_penalty: float = 0.0
+  # Divides the positive and multiplies the negative logits of tokens that
+  # prompt or response already have.
+  repetition_penalty: float = 1.0
+  logit_bias: tuple[tuple[int, float], ...] = ()  # (token, added to its logit)
+  # The text, stop token aside, is of this grammar, which is written in
+  # llguidance's variant of Lark; None: any text.
+  grammar: str | None = None
   seed: int = 0  # the same seed, prompt and weights sample the same tokens
   stop_token_ids: tuple[int, ...] = ()
   stop_strings: tuple[str, ...] = ()
+  top_logprobs: int = 0  # most likely tokens to report with each sampled one
+
+  @property
+  def plain(self) -> bool:
+    """Whether tokens are drawn from the policy's own distribution.
+
+    Only then is a recorded log-probability what the same weights give the
+    token in training.
+    """
+    return self == dataclasses.replace(
+      self,
+      temperature=1.0,
+      top_k=0,
+      top_p=1.0,
+      min_p=0.0,
+      presence_penalty=0.0,
+      frequency_penalty=0.0,
+      repetition_penalty=1.0,
+      logit_bias=(),
+      grammar=None,
+    )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -39,14 +82,34 @@ class GenerateRequest:
   sampling: SamplingParams
 
 
+def refuse(request: GenerateRequest, *fields: str) -> None:
+  """Refuses a request that sets a field of its sampling.
+
+  Raises:
+    EngineError: a field has another value than its default; it is named.
+  """
+  defaults = SamplingParams(max_tokens=1)
+  for name in fields:
+    value = getattr(request.sampling, name)
+    if value != getattr(defaults, name):
+      raise errors.EngineError(
+        f"request {request.id}: {name}={value!r:.80} is not supported by this "
+        "engine"
+      )
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class TokenChunk:
-  """Tokens sampled since the previous chunk; the three tuples align."""
+  """Tokens sampled since the previous chunk; the tuples align."""
 
   token_ids: tuple[int, ...]
   logprobs: tuple[float, ...]
   versions: tuple[int, ...]
   stop_reason: types.StopReason | None = None  # set on the last chunk only
+  # For each token the most likely tokens in its place, likeliest first, with
+  # their log-probabilities under the same distribution: as many as were asked
+  # for, or fewer where fewer are possible. Empty if none were asked for.
+  top_logprobs: tuple[tuple[tuple[int, float], ...], ...] = ()
 
 
 class Engine(Protocol):
@@ -64,6 +127,7 @@ class Engine(Protocol):
 
     Raises:
       ContextOverflowError: the prompt leaves no room for a token.
+      GrammarError: the grammar is malformed, or too much for the engine.
       EngineError: the request is malformed or the engine has failed.
     """
 

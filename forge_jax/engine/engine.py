@@ -23,6 +23,16 @@ from forge_jax.engine import runner as runner_lib
 from forge_jax.engine import scheduler as scheduler_lib
 from forge_jax.model import decoder as decoder_lib
 
+_UNSUPPORTED = (
+  "min_p",
+  "presence_penalty",
+  "frequency_penalty",
+  "repetition_penalty",
+  "logit_bias",
+  "grammar",
+  "top_logprobs",
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class EngineConfig(runner_lib.RunnerConfig):
@@ -166,6 +176,7 @@ class JaxEngine:
     }
 
   def _check(self, request: api.GenerateRequest) -> None:
+    api.refuse(request, *_UNSUPPORTED)
     if self._failure or self._stopping:
       raise errors.EngineError(self._failure or "the engine is stopped")
     if not request.prompt_ids:

@@ -1,9 +1,10 @@
 """An engine that plays a script instead of sampling from a model.
 
 For tests, dry runs and benchmarks of whatever talks to an engine. It honours
-the whole protocol: budgets, stop tokens and strings, aborts, weight versions;
-its log-probabilities are made up, and the same for the same seed, position and
-token.
+budgets, stop tokens and strings, aborts and weight versions. The script is what
+was sampled, whatever the distribution that a request asks for; only a grammar
+is refused. Log-probabilities are made up, and the same for the same seed,
+position and token; so are the tokens reported beside a sampled one.
 """
 
 import asyncio
@@ -84,6 +85,7 @@ class ScriptedEngine:
     self, request: api.GenerateRequest
   ) -> tuple[tuple[int, ...], types.StopReason]:
     """The tokens to play and why they end."""
+    api.refuse(request, "grammar")
     sampling = request.sampling
     room = self._max_context - len(request.prompt_ids)
     if room < 1:
@@ -123,7 +125,24 @@ class ScriptedEngine:
       ),
       versions=(self._version,) * len(tokens),
       stop_reason=stop_reason,
+      top_logprobs=tuple(
+        _alternatives(request.sampling, position, token)
+        for position, token in enumerate(tokens, start)
+      )
+      if request.sampling.top_logprobs
+      else (),
     )
+
+
+def _alternatives(
+  sampling: api.SamplingParams, position: int, token: int
+) -> tuple[tuple[int, float], ...]:
+  """The sampled token, then tokens beside it, each less likely by a nat."""
+  logprob = scripted_logprob(sampling.seed, position, token)
+  return tuple(
+    (token - n if n <= token else token + n, logprob - n)
+    for n in range(sampling.top_logprobs)
+  )
 
 
 def scripted_logprob(seed: int, position: int, token: int) -> float:

@@ -87,3 +87,22 @@ async def test_what_is_refused():
     await collect(engine, request(max_tokens=0))
   with pytest.raises(errors.EngineError, match="decode"):
     await collect(engine, request(stop_strings=("x",)))
+
+
+async def test_alternatives_begin_with_the_sampled_token():
+  engine = scripted.ScriptedEngine(lambda _: [5, 1])
+  async for chunk in engine.generate(request(top_logprobs=3)):
+    tops = chunk.top_logprobs
+    assert [[token for token, _ in top] for top in tops] == [
+      [5, 4, 3],
+      [1, 0, 3],
+    ]
+    assert tuple(top[0][1] for top in tops) == chunk.logprobs
+    for top in tops:
+      assert sorted(top, key=lambda one: -one[1]) == list(top)
+
+
+async def test_a_grammar_is_refused_by_name():
+  engine = scripted.ScriptedEngine(lambda _: [5])
+  with pytest.raises(errors.EngineError, match="grammar='start: "):
+    await collect(engine, request(grammar='start: "a"'))
