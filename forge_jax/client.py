@@ -82,9 +82,7 @@ class Session:
       return
     held = self._post("close", {})
     self._closed = True
-    self.completions = tuple(
-      wire.completion_from_json(c) for c in held["completions"]
-    )
+    self.completions = wire.completions_from_json(held["completions"])
     self.rewards = tuple(wire.reward_from_json(r) for r in held["rewards"])
 
   def _post(self, what: str, body: Mapping[str, Any]) -> Mapping[str, Any]:

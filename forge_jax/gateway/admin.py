@@ -80,9 +80,7 @@ class AdminRoutes:
     await self._table.close(session)
     return web.json_response(
       {
-        "completions": [
-          wire.completion_to_json(c) for c in session.completions()
-        ],
+        "completions": wire.completions_to_json(session.completions()),
         "rewards": [wire.reward_to_json(r) for r in session.rewards],
       }
     )

@@ -61,7 +61,7 @@ class GatewayClient:
     """
     reply = await self._call("POST", f"/sessions/{_quoted(id)}/close", {})
     return (
-      tuple(wire.completion_from_json(c) for c in reply["completions"]),
+      wire.completions_from_json(reply["completions"]),
       tuple(wire.reward_from_json(r) for r in reply["rewards"]),
     )
 

@@ -1,6 +1,6 @@
 """The JSON form of what the gateway's admin routes hand out and take in."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import math
 from typing import Any
 
@@ -9,36 +9,58 @@ import numpy as np
 from forge_jax import types
 
 
-def completion_to_json(completion: types.Completion) -> dict[str, Any]:
-  """A completion as JSON values; float32 survives the way there and back."""
-  return {
-    "id": completion.id,
-    "prompt_ids": completion.prompt_ids.tolist(),
-    "response_ids": completion.response_ids.tolist(),
-    "logprobs": completion.logprobs.tolist(),
-    "versions": completion.versions.tolist(),
-    "stop_reason": completion.stop_reason.value,
-    "parent": completion.parent,
-    "fork_reason": completion.fork_reason,
-    "started": completion.started,
-    "finished": completion.finished,
-  }
+def completions_to_json(
+  completions: Sequence[types.Completion],
+) -> list[dict[str, Any]]:
+  """A session's completions as JSON values; float32 survives there and back.
+
+  A prompt is written as the tokens that it adds to its parent's prompt and
+  response, so that an episode takes room for its length, not its square.
+
+  Args:
+    completions: each after its parent, which is among them.
+  """
+  sizes = {c.id: len(c.prompt_ids) + len(c.response_ids) for c in completions}
+  return [
+    {
+      "id": c.id,
+      "added_ids": c.prompt_ids[sizes[c.parent] if c.parent else 0 :].tolist(),
+      "response_ids": c.response_ids.tolist(),
+      "logprobs": c.logprobs.tolist(),
+      "versions": c.versions.tolist(),
+      "stop_reason": c.stop_reason.value,
+      "parent": c.parent,
+      "fork_reason": c.fork_reason,
+      "started": c.started,
+      "finished": c.finished,
+    }
+    for c in completions
+  ]
 
 
-def completion_from_json(value: Mapping[str, Any]) -> types.Completion:
-  """The inverse of `completion_to_json`."""
-  return types.Completion(
-    id=value["id"],
-    prompt_ids=np.asarray(value["prompt_ids"], np.int32),
-    response_ids=np.asarray(value["response_ids"], np.int32),
-    logprobs=np.asarray(value["logprobs"], np.float32),
-    versions=np.asarray(value["versions"], np.int32),
-    stop_reason=types.StopReason(value["stop_reason"]),
-    parent=value["parent"],
-    fork_reason=value["fork_reason"],
-    started=value["started"],
-    finished=value["finished"],
-  )
+def completions_from_json(
+  values: Sequence[Mapping[str, Any]],
+) -> tuple[types.Completion, ...]:
+  """The inverse of `completions_to_json`."""
+  completions: dict[str, types.Completion] = {}
+  for value in values:
+    pieces = [np.asarray(value["added_ids"], np.int32)]
+    if value["parent"] is not None:
+      parent = completions[value["parent"]]
+      pieces = [parent.prompt_ids, parent.response_ids, *pieces]
+    completions[value["id"]] = types.Completion(
+      id=value["id"],
+      prompt_ids=np.concatenate(pieces),
+      response_ids=np.asarray(value["response_ids"], np.int32),
+      logprobs=np.asarray(value["logprobs"], np.float32),
+      versions=np.asarray(value["versions"], np.int32),
+      stop_reason=types.StopReason(value["stop_reason"]),
+      parent=value["parent"],
+      fork_reason=value["fork_reason"],
+      started=value["started"],
+      finished=value["finished"],
+    )
+  return tuple(completions.values())
 
 
 def reward_to_json(reward: types.Reward) -> dict[str, Any]:

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 
 import hypothesis
@@ -9,33 +10,69 @@ from forge_jax import types
 from forge_jax.gateway import wire
 
 
-@hypothesis.given(
-  logprobs=st.lists(st.floats(-(2.0**100), 0, width=32), max_size=8),
-  stop_reason=st.sampled_from(list(types.StopReason)),
-)
-def test_a_completion_survives_json(logprobs, stop_reason):
-  count = len(logprobs)
-  completion = types.Completion(
-    id="s/1",
-    prompt_ids=np.asarray([1, 2**31 - 1], np.int32),
-    response_ids=np.arange(count, dtype=np.int32),
-    logprobs=np.asarray(logprobs, np.float32),
-    versions=np.full(count, 3, np.int32),
-    stop_reason=stop_reason,
-    parent="s/0",
-    fork_reason="tools",
-    started=0.125,
-    finished=1.5,
-  )
-  text = json.dumps(wire.completion_to_json(completion))
-  again = wire.completion_from_json(json.loads(text))
-  for name in ("prompt_ids", "response_ids", "logprobs", "versions"):
-    one, other = getattr(completion, name), getattr(again, name)
-    assert one.dtype == other.dtype
-    assert one.tobytes() == other.tobytes()
-  assert again.stop_reason is stop_reason
-  assert (again.parent, again.fork_reason) == ("s/0", "tools")
-  assert (again.started, again.finished) == (0.125, 1.5)
+def int32(values):
+  return np.asarray(values, np.int32)
+
+
+@st.composite
+def forests(draw):
+  """Completions whose prompts extend those before them, or are roots."""
+  ids = st.lists(st.integers(0, 2**31 - 1), max_size=5).map(int32)
+  made = []
+  for number in range(draw(st.integers(0, 6))):
+    parent = draw(st.sampled_from([None, *made]))
+    added = draw(ids)
+    before = [parent.prompt_ids, parent.response_ids] if parent else []
+    response = draw(ids)
+    count = len(response)
+    floats = st.floats(-(2.0**100), 0, width=32)
+    logprobs = draw(st.lists(floats, min_size=count, max_size=count))
+    made.append(
+      types.Completion(
+        id=f"s/{number}",
+        prompt_ids=np.concatenate([*before, added]),
+        response_ids=response,
+        logprobs=np.asarray(logprobs, np.float32),
+        versions=np.full(count, 3, np.int32),
+        stop_reason=draw(st.sampled_from(list(types.StopReason))),
+        parent=parent.id if parent else None,
+        fork_reason=draw(st.sampled_from([None, "tools"])),
+        started=0.125,
+        finished=1.5,
+      )
+    )
+  return made
+
+
+@hypothesis.given(forests())
+def test_completions_survive_json(completions):
+  text = json.dumps(wire.completions_to_json(completions))
+  again = wire.completions_from_json(json.loads(text))
+  assert len(again) == len(completions)
+  for one, other in zip(completions, again, strict=True):
+    for field in dataclasses.fields(types.Completion):
+      before, after = getattr(one, field.name), getattr(other, field.name)
+      if isinstance(before, np.ndarray):
+        assert before.dtype == after.dtype
+        before, after = before.tobytes(), after.tobytes()
+      assert before == after
+
+
+def test_a_prompt_is_written_once():
+  turns = [
+    types.Completion(
+      id=f"s/{n}",
+      prompt_ids=int32(range(100 + 10 * n)),
+      response_ids=int32(range(100 + 10 * n, 105 + 10 * n)),
+      logprobs=np.zeros(5, np.float32),
+      versions=np.zeros(5, np.int32),
+      stop_reason=types.StopReason.STOP,
+      parent=f"s/{n - 1}" if n else None,
+    )
+    for n in range(3)
+  ]
+  added = [c["added_ids"] for c in wire.completions_to_json(turns)]
+  assert added == [[*range(100)], [*range(105, 110)], [*range(115, 120)]]
 
 
 def test_rewards():
