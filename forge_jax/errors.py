@@ -23,6 +23,10 @@ class EngineError(ForgeError):
   """A request that the engine refuses or cannot finish."""
 
 
+class EngineUnavailableError(EngineError):
+  """An engine that cannot serve now: stopped, failed or out of reach."""
+
+
 class ContextOverflowError(EngineError):
   """A prompt that leaves no room for a response in the context."""
 

@@ -135,7 +135,42 @@ class Engine(Protocol):
     """Ends a request early: its iterator yields a final chunk, ABORT."""
 
   def update_weights(self, weights: types.WeightsVersion) -> None:
-    """Swaps the weights between two engine steps; no request is dropped."""
+    """Swaps the weights between two engine steps; no request is dropped.
+
+    It takes as long as the weights take to arrive, so that it is called from a
+    thread without an event loop, or from `asyncio.to_thread`. A request made
+    after it has returned is sampled from these weights.
+
+    Raises:
+      EngineError: the weights are refused, and the old ones stay and serve.
+    """
+
+  def flush_cache(self) -> None:
+    """Forgets cached prefixes: a later request reuses nothing from before.
+
+    Raises:
+      EngineError: the engine does not confirm it.
+    """
+
+  def pause(self) -> None:
+    """Stops sampling; requests stay where they are, and new ones wait."""
+
+  def resume(self) -> None:
+    """Ends a pause."""
 
   def stats(self) -> Mapping[str, float]:
     """Running figures: tokens sampled, tokens prefilled, cache hits, ..."""
+
+
+class LocalEngine(Engine, Protocol):
+  """An engine of this process, as a server of it needs it."""
+
+  def settle(self, timeout: float) -> None:
+    """Waits until whatever was asked of the engine before has taken effect.
+
+    Args:
+      timeout: seconds.
+
+    Raises:
+      EngineUnavailableError: the engine is stopped, or too slow.
+    """

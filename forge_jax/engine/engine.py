@@ -21,6 +21,7 @@ from forge_jax import errors, types
 from forge_jax.engine import api
 from forge_jax.engine import runner as runner_lib
 from forge_jax.engine import scheduler as scheduler_lib
+from forge_jax.engine import weights as weights_lib
 from forge_jax.model import decoder as decoder_lib
 
 _UNSUPPORTED = (
@@ -87,7 +88,7 @@ class JaxEngine:
     self._streams: dict[str, _Stream] = {}
     self._inbox: list[tuple[str, object]] = []
     self._wake = threading.Condition()
-    self._stopping = False
+    self._stopping = self._paused = False
     self._failure: str | None = None
     self._thread = threading.Thread(
       target=self._serve, name="engine", daemon=True
@@ -142,23 +143,36 @@ class JaxEngine:
     self._post("abort", request_id)
 
   def update_weights(self, weights: types.WeightsVersion) -> None:
-    """See `engine.api.Engine.update_weights`; takes `params` only.
+    """See `engine.api.Engine.update_weights`; takes arrays or a folder.
 
     Cached prefixes of older weights serve no prompt any more, and prompts that
     are being prefilled begin anew. A request that has sampled tokens keeps its
     cache and goes on.
     """
-    if weights.params is None:
-      raise errors.EngineError(
-        f"weights version {weights.version} carries no arrays; the in-process "
-        "engine takes `params`"
-      )
-    prepared = self._runner.prepare(weights.params)
+    state = weights_lib.receive(weights, self._runner.model, self._runner.dtype)
+    prepared = self._runner.prepare(state)
     self._post("weights", (weights.version, prepared))
 
   def flush_cache(self) -> None:
-    """Forgets cached prefixes: later requests reuse nothing from before."""
+    """See `engine.api.Engine.flush_cache`."""
     self._post("flush", None)
+
+  def pause(self) -> None:
+    """See `engine.api.Engine.pause`."""
+    self._post("pause", True)
+
+  def resume(self) -> None:
+    """See `engine.api.Engine.resume`."""
+    self._post("pause", False)
+
+  def settle(self, timeout: float) -> None:
+    """See `engine.api.LocalEngine.settle`."""
+    settled = threading.Event()
+    self._post("settle", settled)
+    if not settled.wait(timeout):
+      raise errors.EngineUnavailableError(
+        f"the engine finished no step in {timeout:g} s"
+      )
 
   def stats(self) -> Mapping[str, float]:
     """Totals since the start: tokens, seconds busy, cache use."""
@@ -178,7 +192,9 @@ class JaxEngine:
   def _check(self, request: api.GenerateRequest) -> None:
     api.refuse(request, *_UNSUPPORTED)
     if self._failure or self._stopping:
-      raise errors.EngineError(self._failure or "the engine is stopped")
+      raise errors.EngineUnavailableError(
+        self._failure or "the engine is stopped"
+      )
     if not request.prompt_ids:
       raise errors.EngineError(f"request {request.id}: the prompt is empty")
     if len(request.prompt_ids) >= self.max_context:
@@ -203,6 +219,10 @@ class JaxEngine:
         f"request {request.id}: stop strings need an engine with a tokenizer"
       )
 
+  @property
+  def _busy(self) -> bool:
+    return len(self._scheduler) > 0 and not self._paused
+
   def _post(self, kind: str, message: object) -> None:
     with self._wake:
       self._inbox.append((kind, message))
@@ -212,7 +232,7 @@ class JaxEngine:
     """The thread: empties the inbox, runs a step, hands out its results."""
     while True:
       with self._wake:
-        while not (self._inbox or self._stopping or len(self._scheduler)):
+        while not (self._inbox or self._stopping or self._busy):
           self._wake.wait()
         inbox, self._inbox = self._inbox, []
         stopping = self._stopping
@@ -223,7 +243,7 @@ class JaxEngine:
         if stopping:
           for request_id in list(self._streams):
             self._end(request_id, types.StopReason.ABORT, posts)
-        elif self._failure is None:
+        elif self._failure is None and not self._paused:
           self._step(posts)
       except Exception as e:  # boundary: a failed step is its callers' error
         logging.exception("engine step failed")
@@ -236,7 +256,7 @@ class JaxEngine:
     if kind == "add":
       request, stream = message
       if self._failure is not None:
-        posts.append((stream, errors.EngineError(self._failure)))
+        posts.append((stream, errors.EngineUnavailableError(self._failure)))
         return
       if request.id in self._streams:
         message = f"request id {request.id} is already in flight"
@@ -246,6 +266,10 @@ class JaxEngine:
       self._scheduler.add(request)
     elif kind == "abort":
       self._end(message, types.StopReason.ABORT, posts)
+    elif kind == "pause":
+      self._paused = message
+    elif kind == "settle":
+      message.set()
     else:
       if kind == "weights":
         self.version, weights = message
@@ -305,7 +329,7 @@ class JaxEngine:
     self._failure = message
     # What was posted in the failed step may be incomplete for its requests.
     for request_id, stream in list(self._streams.items()):
-      posts.append((stream, errors.EngineError(message)))
+      posts.append((stream, errors.EngineUnavailableError(message)))
       self._forget(request_id)
 
 

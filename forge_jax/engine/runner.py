@@ -78,6 +78,7 @@ class Runner:
     """
     self.config = config
     self.model = decoder.config
+    self.dtype = decoder.dtype
     if config.context > self.model.max_context:
       raise errors.ConfigError(
         f"engine context {config.context} exceeds the model's "

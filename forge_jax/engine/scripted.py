@@ -13,6 +13,8 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from forge_jax import errors, types
 from forge_jax.engine import api
 
+_POLL = 0.005  # seconds between looks at whether a pause is over
+
 
 class ScriptedEngine:
   """Replies to each request with the tokens that `reply` returns for it."""
@@ -39,9 +41,11 @@ class ScriptedEngine:
     self._delay = delay
     self._decode = decode
     self._version = 0
+    self._paused = False
     self._running: set[str] = set()
     self._aborted: set[str] = set()
     self._counts = {"requests": 0, "aborted": 0, "tokens_sampled": 0}
+    self._counts["flushes"] = 0
 
   @property
   def max_context(self) -> int:
@@ -58,6 +62,8 @@ class ScriptedEngine:
       for start in range(0, len(tokens), step):
         if self._delay:
           await asyncio.sleep(self._delay)
+        while self._paused and request.id not in self._aborted:
+          await asyncio.sleep(_POLL)
         if request.id in self._aborted:
           self._counts["aborted"] += 1
           yield api.TokenChunk((), (), (), types.StopReason.ABORT)
@@ -78,8 +84,24 @@ class ScriptedEngine:
   def update_weights(self, weights: types.WeightsVersion) -> None:
     self._version = weights.version
 
+  def flush_cache(self) -> None:
+    self._counts["flushes"] += 1
+
+  def pause(self) -> None:
+    self._paused = True
+
+  def resume(self) -> None:
+    self._paused = False
+
+  def settle(self, timeout: float) -> None:
+    pass
+
   def stats(self) -> Mapping[str, float]:
-    return {**self._counts, "running": len(self._running)}
+    return {
+      **self._counts,
+      "running": len(self._running),
+      "version": self._version,
+    }
 
   def _script(
     self, request: api.GenerateRequest

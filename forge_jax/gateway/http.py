@@ -8,6 +8,7 @@ from typing import Any
 
 from aiohttp import web
 
+from forge_jax import errors
 from forge_jax.gateway import refusal
 
 _log = logging.getLogger(__name__)
@@ -72,6 +73,10 @@ def answers_middleware(
       failure = refusal.Refusal(error.reason, status=error.status)
     except ConnectionResetError:
       raise
+    except errors.EngineUnavailableError as error:
+      failure = refusal.Refusal(
+        str(error), status=503, code="engine_unavailable", retry_after=1.0
+      )
     except RecursionError:
       failure = refusal.Refusal("the body is nested too deeply")
     except Exception as error:  # the boundary of a request

@@ -8,7 +8,6 @@ so that it is there completely or not at all.
 
 from collections.abc import Mapping, Sequence
 import contextlib
-import json
 import os
 import pathlib
 import secrets
@@ -21,7 +20,7 @@ import safetensors.numpy
 
 from forge_jax import errors
 from forge_jax.model import config as model_config
-from forge_jax.model import huggingface_config
+from forge_jax.model import disk, huggingface_config
 from forge_jax.model import params as params_lib
 
 _CONFIG = "config.json"
@@ -65,7 +64,7 @@ def read_huggingface(
   """
   folder = pathlib.Path(folder)
   config = huggingface_config.from_json(
-    _read_json(folder / _CONFIG), str(folder / _CONFIG)
+    disk.read_json(folder / _CONFIG), str(folder / _CONFIG)
   )
   with contextlib.ExitStack() as stack:
     files = _open_tensors(folder, stack)
@@ -80,7 +79,7 @@ def read_huggingface(
         ) from error
 
     params = params_lib.read(
-      config, params_lib.locate(config, _NAMES), found, load, str(folder)
+      config, file_tensors(config), found, load, str(folder)
     )
   return config, params
 
@@ -110,17 +109,17 @@ def write_huggingface(
   params_lib.check(config, params)
   dtype = str(params["embed/embedding"].dtype)
   described = huggingface_config.to_json(config, dtype)
-  shards = _plan(params_lib.locate(config, _NAMES), params, shard_bytes)
+  shards = _plan(file_tensors(config), params, shard_bytes)
   if folder.exists():
     raise errors.CheckpointError(f"{folder}: exists already; not overwritten")
   partial = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.partial")
   try:
     partial.mkdir(parents=True)
-    _write_json(partial / _CONFIG, described)
+    disk.write_json(partial / _CONFIG, described)
     _write_shards(partial, shards, params)
-    _flush(partial)
+    disk.flush(partial)
     partial.rename(folder)
-    _flush(folder.parent)
+    disk.flush(folder.parent)
   except (OSError, safetensors.SafetensorError) as error:
     raise errors.CheckpointError(
       f"{folder}: cannot be written: {error}"
@@ -129,20 +128,11 @@ def write_huggingface(
     shutil.rmtree(partial, ignore_errors=True)
 
 
-def _read_json(path: pathlib.Path) -> dict:
-  try:
-    value = json.loads(path.read_text(encoding="utf-8"))
-  except OSError as error:
-    raise errors.CheckpointError(
-      f"{path}: cannot be read: {error.strerror}"
-    ) from error
-  except ValueError as error:
-    raise errors.CheckpointError(f"{path}: not JSON: {error}") from error
-  if not isinstance(value, dict):
-    raise errors.CheckpointError(
-      f"{path}: expected a JSON object, found {type(value).__name__}"
-    )
-  return value
+def file_tensors(
+  config: model_config.ModelConfig,
+) -> list[params_lib.FileTensor]:
+  """The tensors of a decoder's safetensors, in their order."""
+  return params_lib.locate(config, _NAMES)
 
 
 def _open_tensors(
@@ -153,7 +143,7 @@ def _open_tensors(
   if not index.exists():
     handle = _open(folder / _SINGLE, stack)
     return dict.fromkeys(handle.keys(), handle)
-  weight_map = _read_json(index).get("weight_map")
+  weight_map = disk.read_json(index).get("weight_map")
   if not isinstance(weight_map, dict) or not all(
     isinstance(name, str) for name in weight_map.values()
   ):
@@ -223,25 +213,11 @@ def _write_shards(
     safetensors.numpy.save_file(arrays, path, metadata={"format": "pt"})
     # The library makes files that only their owner can read.
     path.chmod(stat.S_IMODE((folder / _CONFIG).stat().st_mode))
-    _flush(path)
+    disk.flush(path)
     weight_map |= dict.fromkeys(arrays, name)
     total += sum(array.nbytes for array in arrays.values())
   if len(shards) > 1:
-    _write_json(
+    disk.write_json(
       folder / _INDEX,
       {"metadata": {"total_size": total}, "weight_map": weight_map},
     )
-
-
-def _write_json(path: pathlib.Path, value: Mapping) -> None:
-  path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-  _flush(path)
-
-
-def _flush(path: pathlib.Path) -> None:
-  """Waits until a file's content, or a folder's names, are on the disk."""
-  descriptor = os.open(path, os.O_RDONLY)
-  try:
-    os.fsync(descriptor)
-  finally:
-    os.close(descriptor)

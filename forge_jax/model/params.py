@@ -177,6 +177,17 @@ def check(
       )
 
 
+def check_finite(params: Mapping[str, np.ndarray]) -> None:
+  """Checks that a decoder's parameters are numbers.
+
+  Raises:
+    CheckpointError: a parameter holds NaN or infinity.
+  """
+  for name, array in params.items():
+    if not np.isfinite(array).all():
+      raise errors.CheckpointError(f"parameter {name}: holds NaN or infinity")
+
+
 def decoder_config(where: str, **shape: Any) -> model_config.ModelConfig:
   """A decoder's shape as a file states it.
 

@@ -538,3 +538,24 @@ async def test_stopping_ends_requests_in_flight(start, smollm2):
   except aiohttp.ClientError:
     pass  # the connection was closed before the reply
   assert h.engine.stats()["running"] == 0
+
+
+async def test_an_engine_out_of_reach_is_worth_a_retry(start, smollm2):
+  h = await start(smollm2)
+
+  async def unavailable(request):
+    raise errors.EngineUnavailableError("the engine failed: device on fire")
+    yield
+
+  h.engine.generate = unavailable
+  keys = await h.open()
+  body = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
+  async with h.http.post(
+    h.gateway.url + "/v1/chat/completions",
+    json=body,
+    headers={"Authorization": f"Bearer {keys.api_key}"},
+  ) as response:
+    reply = await response.json()
+  assert response.status == 503 and response.headers["Retry-After"] == "1"
+  assert reply["error"]["code"] == "engine_unavailable"
+  assert "device on fire" in reply["error"]["message"]
