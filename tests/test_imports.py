@@ -29,7 +29,7 @@ ALLOWED = {
   "tree": (),
   "tasks": (),
   "agents": ("tasks.base",),
-  "gateway": ("engine.api",),
+  "gateway": ("engine.api", "engine.scripted"),
   "engine": ("model", "algo.mtp"),
   "pool": (),
   "rollout": ("tasks", "agents", "pool", "gateway.client", "gateway.wire"),
@@ -43,7 +43,7 @@ JAX = ("jax", "jaxlib", "flax", "optax", "orbax")
 JAX_FREE = (
   *LEAVES,
   *("agents", "gateway", "tasks", "pool", "rollout", "observe"),
-  *("client", "engine.api"),
+  *("client", "engine.api", "engine.scripted"),
 )
 # Top-level packages that only their own files may import.
 PRIVATE = ("launch", "experiments")

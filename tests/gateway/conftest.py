@@ -10,47 +10,10 @@ from tokenizers import AddedToken
 
 from forge_jax.engine import scripted
 from forge_jax.gateway import client as gateway_client
+from forge_jax.gateway import scripted as gateway_scripted
 from forge_jax.gateway import server
 from forge_jax.gateway import tokenizer as gateway_tokenizer
 
-# In the manner of Qwen3: ChatML, tools in the system turn, calls as JSON.
-TOOL_TEMPLATE = """\
-{%- if tools %}<|im_start|>system
-{{ messages[0].content + '\n\n' if messages[0].role == 'system' else '' -}}
-# Tools
-{% for tool in tools %}{{ tool | tojson }}
-{% endfor %}<|im_end|>
-{% elif messages[0].role == 'system' %}<|im_start|>system
-{{ messages[0].content }}<|im_end|>
-{% endif %}
-{%- for m in messages %}
-{%- if m.role == 'user' or (m.role == 'system' and not loop.first) -%}
-<|im_start|>{{ m.role }}
-{{ m.content }}<|im_end|>
-{% elif m.role == 'assistant' -%}
-<|im_start|>assistant
-{{ m.content }}
-{%- for call in m.tool_calls or [] %}{{ '\n' if m.content or not loop.first }}<tool_call>
-{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}
-</tool_call>{% endfor %}<|im_end|>
-{% elif m.role == 'tool' -%}
-<|im_start|>user
-<tool_response>
-{{ m.content }}
-</tool_response><|im_end|>
-{% endif %}
-{%- endfor %}
-{%- if add_generation_prompt -%}
-<|im_start|>assistant
-{% endif %}"""
-TOOL_MARKERS = (
-  "<tool_call>",
-  "</tool_call>",
-  "<tool_response>",
-  "</tool_response>",
-  "<think>",
-  "</think>",
-)
 CALCULATOR = {
   "type": "function",
   "function": {
@@ -74,10 +37,13 @@ def tool_tokenizer(smollm2):
   """SmolLM2's tokenizer with the tokens and a template for tool calls."""
   tokenizer = copy.deepcopy(smollm2)
   tokenizer.add_tokens(
-    [AddedToken(m, special=False, normalized=False) for m in TOOL_MARKERS]
+    [
+      AddedToken(m, special=False, normalized=False)
+      for m in gateway_scripted.CHAT_MARKERS
+    ]
   )
   tokenizer.unk_token = None  # it is <|endoftext|>, a stop token of Qwen3's
-  tokenizer.chat_template = TOOL_TEMPLATE
+  tokenizer.chat_template = gateway_scripted.CHAT_TEMPLATE
   return tokenizer
 
 
