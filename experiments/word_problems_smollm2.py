@@ -26,7 +26,7 @@ from forge_jax.engine import engine
 from forge_jax.gateway import server
 from forge_jax.model import sharding
 from forge_jax.observe import metrics
-from forge_jax.pool import windowed_fifo
+from forge_jax.pool import window
 from forge_jax.rollout import evaluation, host
 from forge_jax.tasks import word_problems
 from forge_jax.trainer import checkpoint, credit, trainer, update
@@ -68,11 +68,11 @@ def get_config() -> ml_collections.ConfigDict:
     ),
     "rollout": settings.defaults(host.RolloutConfig, "seed")
     | settings.defaults(
-      windowed_fifo.WindowConfig,
+      window.WindowConfig,
       "groups_per_step",
       "total",
       in_flight=32,
-      window=32,
+      window=1.0,
       max_lag=0,
     ),
     "credit": settings.defaults(credit.CreditConfig),

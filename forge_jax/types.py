@@ -116,6 +116,19 @@ class Group:
   index: int  # submission order, from 0, never reused within a run
   task: Task
   episodes: tuple[Episode, ...]
+  number: int | None = None  # the task's place in the run; None: the index
+  attempt: int = 0  # earlier groups of this task that were dropped
+
+  @property
+  def version(self) -> int | None:
+    """The oldest weights that sampled one of its tokens; None: no tokens."""
+    versions = [
+      int(completion.versions.min())
+      for episode in self.episodes
+      for completion in episode.completions
+      if len(completion.versions)
+    ]
+    return min(versions, default=None)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)

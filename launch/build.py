@@ -13,7 +13,7 @@ from forge_jax.gateway import tokenizer as tokenizer_lib
 from forge_jax.model import decoder as decoder_lib
 from forge_jax.model import files, sharding
 from forge_jax.observe import metrics as metrics_lib
-from forge_jax.pool import windowed_fifo
+from forge_jax.pool import window
 from forge_jax.rollout import evaluation, host
 from forge_jax.tasks import base as tasks_base
 from forge_jax.tasks import mixture, word_problems
@@ -83,7 +83,7 @@ class Blueprint:
       "rollout",
       (host.RolloutConfig, {"seed": self.seed}),
       (
-        windowed_fifo.WindowConfig,
+        window.WindowConfig,
         {"groups_per_step": groups, "total": self.steps * groups},
       ),
     )

@@ -48,6 +48,11 @@ YIELD_REWARD_CHANGE = "yield/reward_change"  # of the smoothed reward, a step
 QUEUE_HEAD = "queue/head"  # index of the oldest group not yet consumed
 QUEUE_IN_FLIGHT = "queue/in_flight"  # groups being sampled
 QUEUE_WAITING = "queue/waiting"  # complete groups not yet consumed
+QUEUE_WINDOW = "queue/window"  # W: groups from the head on that may be taken
+QUEUE_OVER_LAG = "queue/over_lag"  # groups so far that were trained over the
+# version bound
+QUEUE_EXPIRED = "queue/expired"  # groups so far that were dropped for it, each
+# task submitted again
 
 WEIGHTS_VERSION = "weights/version"  # the version that the engine samples from
 LAG_MEAN = "lag/mean"  # trainer steps between sampling and training a token

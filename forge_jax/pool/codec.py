@@ -46,6 +46,8 @@ def encode(group: types.Group) -> bytes:
   record = {
     "codec": CODEC_VERSION,
     "index": group.index,
+    "number": group.number,
+    "attempt": group.attempt,
     "task": _task_record(group.task),
     "episodes": [_episode_record(e, group.task) for e in group.episodes],
   }
@@ -91,7 +93,13 @@ def decode(data: bytes) -> types.Group:
   ]
   arrays = _split(tensors, lengths)
   episodes = tuple(_episode(e, task, arrays) for e in record["episodes"])
-  return types.Group(index=record["index"], task=task, episodes=episodes)
+  return types.Group(
+    index=record["index"],
+    task=task,
+    episodes=episodes,
+    number=record["number"],
+    attempt=record["attempt"],
+  )
 
 
 def _check_arrays(completion: types.Completion) -> None:

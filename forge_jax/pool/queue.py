@@ -3,10 +3,10 @@
 Invariants:
   1. A group is visible to the trainer only after it is durable.
   2. Every index is handed out by `admit` until its group is stored; none is
-     skipped, none is taken twice within a surviving history.
-  3. A batch is *claimed* by `take` and *committed* by `commit`, oldest first.
-     A checkpoint holds what was committed: after a crash, what was only
-     claimed is taken again.
+     skipped, none is consumed twice within a surviving history.
+  3. A batch is *claimed* by `take` and *committed* by `commit`, oldest first,
+     together with what was dropped on the way to it. A checkpoint holds what
+     was committed: after a crash, what was only claimed is taken again.
   4. With max_lag 0, the groups of a step are admitted only after the step
      before it has been committed.
 
@@ -17,12 +17,15 @@ the trainer calls `take` and `commit` on its own thread.
 import asyncio
 import collections
 from collections.abc import Mapping
+import dataclasses
 import threading
 import time
 from typing import Any
 
 from forge_jax import errors, types
+from forge_jax.pool import progress as progress_lib
 from forge_jax.pool import store as store_lib
+from forge_jax.pool import window as window_lib
 from forge_jax.pool import windowed_fifo
 
 
@@ -34,7 +37,7 @@ class GroupQueue:
   """
 
   def __init__(
-    self, store: store_lib.DataPool, config: windowed_fifo.WindowConfig
+    self, store: store_lib.DataPool, config: window_lib.WindowConfig
   ):
     self._store = store
     self._config = config
@@ -43,12 +46,13 @@ class GroupQueue:
     self._failure: BaseException | None = None
     self.io_tokens = 0  # made durable by `complete`, each request's own
     self.io_seconds = 0.0  # spent on it
-    self._claimed: collections.deque[list[int]]  # batches, oldest first
-    self._gathered: list[int]  # claimed for the batch that `take` waits for
-    self.restore({"trained_steps": 0, "head": 0, "beyond": []})
+    self._over_lag = 0  # groups claimed although they were over max_lag
+    self._expired = 0  # groups dropped because they were
+    self._trained_steps = 0
+    self._begin(progress_lib.Progress())
 
-  async def admit(self) -> int:
-    """Waits until a group may be started; returns its index.
+  async def admit(self) -> progress_lib.Ticket:
+    """Waits until a group may be started; says which.
 
     Raises:
       PoolError: the queue is closed.
@@ -58,7 +62,7 @@ class GroupQueue:
       with self._changed:
         self._require_alive()
         if self._scheduler.admissible(self._trained_steps):
-          return self._scheduler.submit()
+          return self._scheduler.submit(self._trained_steps)
         waiter = _Waiter()
         self._waiters.add(waiter)
       try:
@@ -110,18 +114,18 @@ class GroupQueue:
         the queue is closed, or a stored group is damaged.
       BaseException: what was passed to `fail`.
     """
+    end = None if timeout is None else time.monotonic() + timeout
+    while len(self._gathered) < count:
+      tickets = self._gather(count, end)
+      # Read without the lock: host and other readers go on.
+      self._gathered += [(t, self._store.get(t.index)) for t in tickets]
     with self._changed:
-      in_time = self._changed.wait_for(lambda: self._gather(count), timeout)
       self._require_alive()
-      if not in_time:
-        raise errors.PoolError(
-          f"no batch of {count} groups within {timeout:g} seconds: "
-          + ", ".join(f"{k} {v}" for k, v in self._figures().items())
-        )
       batch = sorted(self._gathered[:count])
       self._gathered = self._gathered[count:]
-      self._claimed.append(batch)
-    return [self._store.get(index) for index in batch]
+      self._claims.append(_Claim([t for t, _ in batch], self._dropped))
+      self._dropped = []
+    return [group for _, group in batch]
 
   def commit(self, step: int) -> None:
     """Notes that the oldest claimed batch has been trained.
@@ -133,13 +137,16 @@ class GroupQueue:
       PoolError: it is not the next step, or no batch is claimed.
     """
     with self._changed:
-      if step != self._trained_steps + 1 or not self._claimed:
+      if step != self._trained_steps + 1 or not self._claims:
         raise errors.PoolError(
           f"step {step} cannot be committed: {self._trained_steps} steps are, "
-          f"and {len(self._claimed)} batches are claimed"
+          f"and {len(self._claims)} batches are claimed"
         )
-      for index in self._claimed.popleft():
-        self._committed.add(index)
+      claim = self._claims.popleft()
+      for ticket, again in claim.dropped:
+        self._progress.drop(ticket, again)
+      for ticket in claim.trained:
+        self._progress.train(ticket)
       self._trained_steps = step
       self._notify()
 
@@ -159,27 +166,18 @@ class GroupQueue:
     with self._changed:
       return {
         "trained_steps": self._trained_steps,
-        **self._committed.state(),
+        **self._progress.state(),
       }
 
   def restore(self, state: Mapping[str, Any]) -> None:
     """Continues from a checkpoint's state, before any group is admitted.
 
-    Stored groups that the checkpoint has not consumed are completed; indices
-    that are neither consumed nor stored are handed out first, ascending.
+    Stored groups that the checkpoint has not consumed are completed; what is
+    neither consumed nor stored is handed out first, ascending.
     """
     with self._changed:
       self._trained_steps = state["trained_steps"]
-      consumed = {"head": state["head"], "beyond": state["beyond"]}
-      self._committed = windowed_fifo.Frontier(**consumed)
-      completed = [i for i in self._store.indices() if i not in self._committed]
-      last = max([*completed, *self._committed.beyond], default=-1)
-      self._scheduler = windowed_fifo.WindowedFifo(self._config)
-      self._scheduler.restore(
-        {"consumed": consumed, "completed": completed, "submitted": last + 1}
-      )
-      self._claimed = collections.deque()
-      self._gathered = []
+      self._begin(progress_lib.Progress.restore(state))
       self._notify()
 
   def stats(self) -> Mapping[str, int]:
@@ -187,26 +185,63 @@ class GroupQueue:
     with self._changed:
       return self._figures()
 
-  def _gather(self, count: int) -> bool:
-    """Claims towards a batch; whether there is nothing more to wait for."""
-    missing = count - len(self._gathered)
-    claims = self._scheduler.take(min(missing, self._scheduler.available()))
-    if claims:
-      self._gathered += claims
+  def _begin(self, progress: progress_lib.Progress) -> None:
+    """Forgets what was not committed."""
+    self._progress = progress  # what was committed
+    self._claims: collections.deque[_Claim] = collections.deque()
+    # For the batch that `take` waits for: what is claimed, what was dropped.
+    self._gathered: list[tuple[progress_lib.Ticket, types.Group]] = []
+    self._dropped: list[tuple[progress_lib.Ticket, bool]] = []
+    waiting = [i for i in self._store.indices() if i not in progress.consumed]
+    self._scheduler = windowed_fifo.WindowedFifo(
+      self._config, progress, map(self._stored_ticket, waiting)
+    )
+
+  def _stored_ticket(self, index: int) -> progress_lib.Ticket:
+    group = self._store.get(index)
+    number = index if group.number is None else group.number
+    step = self._trained_steps if group.version is None else group.version
+    return progress_lib.Ticket(index, number, group.attempt, step)
+
+  def _gather(self, count: int, end: float | None) -> list[progress_lib.Ticket]:
+    """Waits for groups towards a batch of `count`, and claims them."""
+    with self._changed:
+      left = None if end is None else max(0.0, end - time.monotonic())
+      in_time = self._changed.wait_for(
+        lambda: self._scheduler.available() or self._failure, left
+      )
+      self._require_alive()
+      if not in_time:
+        raise errors.PoolError(
+          f"no batch of {count} groups in time: "
+          + ", ".join(f"{k} {v}" for k, v in self._figures().items())
+        )
+      scheduler = self._scheduler
+      step = self._trained_steps + len(self._claims)
+      taken, expired = scheduler.take(
+        min(count - len(self._gathered), scheduler.available()), step
+      )
+      self._over_lag += sum(scheduler.lag(t, step) > 0 for t in taken)
+      self._dropped += [(ticket, True) for ticket in expired]
+      self._expired += len(expired)
       self._notify()
-    return len(self._gathered) >= count or self._failure is not None
+      return taken
 
   def _figures(self) -> dict[str, int]:
     scheduler = self._scheduler
     return {
       "trained_steps": self._trained_steps,
-      "claimed": sum(map(len, self._claimed)) + len(self._gathered),
+      "claimed": sum(len(c.trained) for c in self._claims)
+      + len(self._gathered),
       "head": scheduler.head,
       "submitted": scheduler.submitted,
       "in_progress": scheduler.in_progress,
       "completed": scheduler.completed,
       "available": scheduler.available(),
       "admissible": scheduler.admissible(self._trained_steps),
+      "window": scheduler.width,
+      "over_lag": self._over_lag,
+      "expired": self._expired,
     }
 
   def _require_alive(self) -> None:
@@ -218,6 +253,14 @@ class GroupQueue:
     self._changed.notify_all()
     for waiter in self._waiters:
       waiter.wake()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Claim:
+  """A batch and what was dropped while it was gathered."""
+
+  trained: list[progress_lib.Ticket]
+  dropped: list[tuple[progress_lib.Ticket, bool]]  # whether again
 
 
 def _tokens(group: types.Group) -> int:

@@ -9,7 +9,7 @@ Invariants:
      session is closed.
 
 The host keeps no state that a restart needs: an episode's seed derives from
-the run's seed, the group's index and the member.
+the run's seed, the task's number, the member and the attempt.
 """
 
 import asyncio
@@ -21,6 +21,7 @@ from typing import Protocol
 from forge_jax import errors, types
 from forge_jax.agents import base as agents_base
 from forge_jax.gateway import client
+from forge_jax.pool import progress
 from forge_jax.pool import queue as queue_lib
 from forge_jax.rollout import episode as episode_lib
 from forge_jax.tasks import base as tasks_base
@@ -103,8 +104,8 @@ class RolloutHost:
     try:
       async with asyncio.TaskGroup() as groups:
         while True:
-          index = await self._queue.admit()
-          groups.create_task(self._serve(index), name=f"group {index}")
+          ticket = await self._queue.admit()
+          groups.create_task(self._serve(ticket), name=f"group {ticket.index}")
     except ExceptionGroup as failures:
       failure = episode_lib.first_failure(failures)
       self._queue.fail(failure)
@@ -126,36 +127,43 @@ class RolloutHost:
     )
     return {name: self._counts[name] for name in names}
 
-  async def _serve(self, index: int) -> None:
+  async def _serve(self, ticket: progress.Ticket) -> None:
     try:
-      group = await self._roll_out(index)
+      group = await self._roll_out(ticket)
     except asyncio.CancelledError:
-      self._queue.release(index)
+      self._queue.release(ticket.index)
       raise
     # On a thread, because it waits for the disk. Once begun it ends, even if
     # this task is cancelled.
     await asyncio.to_thread(self._queue.complete, group)
     self._counts["groups"] += 1
 
-  async def _roll_out(self, index: int) -> types.Group:
-    task = self._mixture.task(index)
+  async def _roll_out(self, ticket: progress.Ticket) -> types.Group:
+    task = self._mixture.task(ticket.number)
     async with asyncio.TaskGroup() as members:
       episodes = [
-        members.create_task(self._episode(index, task, member))
+        members.create_task(self._episode(ticket, task, member))
         for member in range(self._config.group_size)
       ]
     return types.Group(
-      index=index, task=task, episodes=tuple(e.result() for e in episodes)
+      index=ticket.index,
+      task=task,
+      episodes=tuple(e.result() for e in episodes),
+      number=ticket.number,
+      attempt=ticket.attempt,
     )
 
   async def _episode(
-    self, index: int, task: types.Task, member: int
+    self, ticket: progress.Ticket, task: types.Task, member: int
   ) -> types.Episode:
+    again = (ticket.attempt,) if ticket.attempt else ()
     attempt = episode_lib.Attempt(
-      id=f"group{index}-{member}",
+      id=f"group{ticket.index}-{member}",
       task=task,
       member=member,
-      seed=episode_lib.derive_seed(self._config.seed, index, member),
+      seed=episode_lib.derive_seed(
+        self._config.seed, ticket.number, member, *again
+      ),
       max_tokens=self._mixture.max_tokens(task),
     )
     episode = await self._runner.run(attempt, self._mixture.environment)

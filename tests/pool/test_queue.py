@@ -1,7 +1,9 @@
 """Host and trainer meet: order, durability, restart, failure."""
 
 import asyncio
+import dataclasses
 import json
+import random
 import threading
 
 import pytest
@@ -9,7 +11,8 @@ import sample_groups
 
 from forge_jax import errors
 from forge_jax.pool import queue as queue_lib
-from forge_jax.pool import store, windowed_fifo
+from forge_jax.pool import store
+from forge_jax.pool import window as window_lib
 
 
 @pytest.fixture
@@ -21,7 +24,7 @@ def pool(tmp_path):
 def make_queue(pool, **config):
   defaults = {"in_flight": 8, "window": 4, "max_lag": 99, "groups_per_step": 2}
   return queue_lib.GroupQueue(
-    pool, windowed_fifo.WindowConfig(**defaults | config)
+    pool, window_lib.WindowConfig(**defaults | config)
   )
 
 
@@ -32,7 +35,8 @@ def complete(queue, *indices):
 
 async def admit(queue, count):
   """Admits `count` groups, which must not have to wait."""
-  return [await asyncio.wait_for(queue.admit(), 10) for _ in range(count)]
+  tickets = [await asyncio.wait_for(queue.admit(), 10) for _ in range(count)]
+  return [ticket.index for ticket in tickets]
 
 
 async def assert_admits_nothing(queue):
@@ -128,7 +132,7 @@ async def test_take_waits_for_the_host_and_admit_for_the_trainer(pool):
 
   async def roll_out():
     while True:
-      index = await queue.admit()
+      index = (await queue.admit()).index
       await asyncio.sleep(0)
       await asyncio.to_thread(complete, queue, index)
 
@@ -163,7 +167,7 @@ async def test_a_commit_admits_those_who_wait(pool):
   await asyncio.sleep(0.01)
   assert not waiting.done()
   await asyncio.to_thread(queue.commit, 1)
-  assert await asyncio.wait_for(waiting, 10) == 2
+  assert (await asyncio.wait_for(waiting, 10)).index == 2
 
 
 async def test_commits_are_checked(pool):
@@ -239,7 +243,13 @@ async def run_to_crash(pool):
 
 async def test_a_restart_resubmits_exactly_the_missing(pool):
   state = await run_to_crash(pool)
-  assert state == {"trained_steps": 2, "head": 3, "beyond": [4]}
+  assert state == {
+    "trained_steps": 2,
+    "consumed": {"head": 3, "beyond": [4]},
+    "finished": {"head": 3, "beyond": [4]},
+    "dropped": 0,
+    "retries": [],
+  }
   queue = make_queue(pool)
   queue.restore(state)
   assert queue.state() == state
@@ -270,7 +280,100 @@ async def test_what_was_taken_and_not_committed_is_not_in_the_state(pool):
     queue.take(2, timeout=0)  # claims 4 and waits for 5
   queue.commit(1)
   state = queue.state()
-  assert state == {"trained_steps": 1, "head": 2, "beyond": []}
+  assert state["trained_steps"] == 1
+  assert state["consumed"] == {"head": 2, "beyond": []}
   again = make_queue(pool)
   again.restore(state)
   assert indices(again.take(3)) == [2, 3, 4]
+
+
+async def test_a_group_over_the_version_bound_is_dropped_and_comes_again(pool):
+  queue = make_queue(
+    pool, policy="greedy", in_flight=6, max_lag=1, over_lag="drop"
+  )
+  await admit(queue, 4)
+  for step, pair in enumerate([(1, 2), (3, 4)], 1):
+    complete(queue, *pair)
+    assert indices(queue.take(2, timeout=10)) == list(pair)
+    queue.commit(step)
+    await admit(queue, 1 if step == 1 else 0)
+  complete(queue, 0)  # begun two steps ago
+  with pytest.raises(errors.PoolError, match="no batch"):
+    queue.take(2, timeout=0)
+  assert queue.stats()["expired"] == 1
+  state = queue.state()
+  assert (state["dropped"], state["retries"]) == (0, [])  # not committed
+  assert await asyncio.wait_for(queue.admit(), 10) == (5, 0, 1, 2)
+  assert (await queue.admit())[:3] == (6, 5, 0)
+  complete(queue, 5, 6)
+  assert indices(queue.take(2, timeout=10)) == [5, 6]
+  queue.commit(3)
+  state = queue.state()
+  assert (state["dropped"], state["retries"]) == (1, [])
+  assert state["consumed"] == {"head": 7, "beyond": []}
+  assert state["finished"] == {"head": 6, "beyond": []}
+
+
+class Life:
+  """A run that loses everything but its disk and its checkpoint, often."""
+
+  def __init__(self, pool, rng, total):
+    self.pool, self.rng = pool, rng
+    self.config = {
+      "in_flight": 6,
+      "window": 4,
+      "max_lag": 1,
+      "over_lag": "drop",
+      "total": total,
+    }
+    self.saved = None
+    self.history = []  # the batches of the surviving history
+    self.deaths = self.expired = 0
+
+  async def live(self):
+    """One life; returns whether the run has ended."""
+    queue = make_queue(self.pool, **self.config)
+    if self.saved is not None:
+      queue.restore(self.saved)
+    running = []
+    self.history = self.history[: queue.state()["trained_steps"]]
+    while 2 * len(self.history) < self.config["total"]:
+      while queue.stats()["admissible"]:
+        running.append(await queue.admit())
+      if running:
+        self.complete(queue, running)
+      try:
+        batch = queue.take(2, timeout=0)
+      except errors.PoolError:
+        continue
+      finally:
+        self.expired += queue.stats()["expired"]
+      if self.rng.random() < 0.2:
+        self.deaths += 1
+        return False
+      self.history.append([(g.index, g.number) for g in batch])
+      queue.commit(len(self.history))
+      if self.rng.random() < 0.3:
+        self.saved = json.loads(json.dumps(queue.state()))
+    return True
+
+  def complete(self, queue, running):
+    # Sometimes the oldest is left to be overtaken.
+    place = 0 if len(running) == 1 or self.rng.random() < 0.5 else -1
+    ticket = running.pop(place)
+    group = sample_groups.make_group(ticket.index, episodes=1, turns=1)
+    queue.complete(
+      dataclasses.replace(group, number=ticket.number, attempt=ticket.attempt)
+    )
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_no_death_skips_or_repeats_a_task(pool, seed):
+  life = Life(pool, random.Random(seed), total=100)
+  while not await life.live():
+    pass
+  pairs = [pair for batch in life.history for pair in batch]
+  items, tasks = zip(*pairs, strict=True)
+  assert life.deaths > 1 and life.expired > 1
+  assert len(set(items)) == len(items)
+  assert sorted(tasks) == list(range(100))

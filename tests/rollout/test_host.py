@@ -8,7 +8,8 @@ import rollout_fakes as fakes
 
 from forge_jax import errors, types
 from forge_jax.pool import queue as queue_lib
-from forge_jax.pool import store, windowed_fifo
+from forge_jax.pool import store
+from forge_jax.pool import window as window_lib
 from forge_jax.rollout import episode as episode_lib
 from forge_jax.rollout import host as host_lib
 
@@ -26,7 +27,7 @@ class Rig:
     defaults = {"in_flight": 4, "window": 4, "max_lag": 99}
     self.queue = queue_lib.GroupQueue(
       pool,
-      windowed_fifo.WindowConfig(
+      window_lib.WindowConfig(
         **defaults | {"groups_per_step": 2} | (window or {})
       ),
     )

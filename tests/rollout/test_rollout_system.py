@@ -18,7 +18,8 @@ from forge_jax.engine import scripted
 from forge_jax.gateway import client, server
 from forge_jax.gateway import tokenizer as tokenizer_lib
 from forge_jax.pool import queue as queue_lib
-from forge_jax.pool import store, windowed_fifo
+from forge_jax.pool import store
+from forge_jax.pool import window as window_lib
 from forge_jax.rollout import evaluation, host
 from forge_jax.tasks import mixture, word_problems
 
@@ -78,7 +79,7 @@ async def test_groups_reach_the_trainer_over_http(tokenizer, tmp_path):
   tasks = mixture.TaskMixture(
     {domain.name: domain}, {domain.name: 1.0}, "train", 0
   )
-  window = windowed_fifo.WindowConfig(max_lag=0, groups_per_step=3)
+  window = window_lib.WindowConfig(max_lag=0, groups_per_step=3)
   with store.DataPool.open(tmp_path / "pool") as pool:
     queue = queue_lib.GroupQueue(pool, window)
     async with serving(tokenizer) as (admin, agent):

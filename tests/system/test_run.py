@@ -158,7 +158,7 @@ def test_a_synchronous_run_repeats_and_continues(values, tmp_path):
     assert parts[key] == pytest.approx(value, rel=1e-4, abs=1e-6), key
   params, host = params_of(tmp_path / "whole")
   others, host_of_parts = params_of(tmp_path / "parts")
-  assert host == host_of_parts and host["queue"]["head"] == 16
+  assert host == host_of_parts and host["queue"]["consumed"]["head"] == 16
   untrained = decoder_lib.flatten(
     nnx.state(decoder_lib.Decoder(MODEL, rngs=nnx.Rngs(params=0)))
   )
