@@ -1,20 +1,30 @@
-"""A group as bytes and back, exactly.
+"""A group as bytes and back, exactly; a shared prefix is stored once.
 
-A group becomes one safetensors file in memory with five tensors. The token
-arrays of all its completions lie end to end, in the order of the episodes:
+A group becomes one safetensors file in memory with four tensors:
 
-  prompt_ids    int32    response_ids  int32
-  logprobs      float32  versions      int32
-  record        uint8: everything else, as UTF-8 JSON, with the codec version
-                and each completion's prompt and response length
+  tokens    int32    the group's prefix forest (below)
+  logprobs  float32  of all completions, end to end in the order of episodes
+  versions  int32    likewise
+  record    uint8: everything else, as UTF-8 JSON
 
-Python's JSON writes a float with the digits that read back as the same float,
-so that nothing is rounded on the way.
+The forest: the sequences (prompt and response) of all completions are sorted,
+so that those with a common prefix are neighbours, and each adds only what it
+does not share with the one before it. Every distinct token of the forest is
+thus stored exactly once. `record["order"]` is the sorted order and
+`record["shared"]` how many tokens each shares with its predecessor.
+
+A carrier's other fields become JSON by their declared types: a field with a
+default may be added to `types.Completion` without a change here, and records
+without it still read. Python's JSON writes a float with the digits that read
+back as the same float, so that nothing is rounded on the way.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-import itertools
+from collections.abc import Mapping, Sequence
+import dataclasses
+import enum
 import json
+import types as python_types
+import typing
 from typing import Any
 
 import numpy as np
@@ -23,10 +33,10 @@ from safetensors import numpy as safetensors_numpy
 
 from forge_jax import errors, types
 
-CODEC_VERSION = 1
+CODEC_VERSION = 2
 
-_PROMPT_FIELDS = {"prompt_ids": np.dtype(np.int32)}
-_RESPONSE_FIELDS = {
+_DTYPES = {
+  "prompt_ids": np.dtype(np.int32),
   "response_ids": np.dtype(np.int32),
   "logprobs": np.dtype(np.float32),
   "versions": np.dtype(np.int32),
@@ -43,13 +53,22 @@ def encode(group: types.Group) -> bytes:
   completions = [c for e in group.episodes for c in e.completions]
   for completion in completions:
     _check_arrays(completion)
+  for episode in group.episodes:
+    if episode.task.id != group.task.id:
+      raise errors.PoolError(
+        f"episode {episode.id!r} is about task {episode.task.id!r}; its group "
+        f"is about {group.task.id!r}"
+      )
+  tokens, order, shared = _merge(
+    [np.concatenate([c.prompt_ids, c.response_ids]) for c in completions]
+  )
   record = {
     "codec": CODEC_VERSION,
-    "index": group.index,
-    "number": group.number,
-    "attempt": group.attempt,
-    "task": _task_record(group.task),
-    "episodes": [_episode_record(e, group.task) for e in group.episodes],
+    "lengths": [[len(c.prompt_ids), len(c.response_ids)] for c in completions],
+    "order": order,
+    "shared": shared,
+    "group": _plain(group, without={"episodes"}),
+    "episodes": [_plain(e, without={"task"}) for e in group.episodes],
   }
   try:
     text = json.dumps(record, separators=(",", ":"))
@@ -58,22 +77,24 @@ def encode(group: types.Group) -> bytes:
       f"group {group.index} of task {group.task.id!r} does not fit into "
       f"JSON: {error}"
     ) from error
-  tensors = {
-    name: _concatenate((getattr(c, name) for c in completions), dtype)
-    for name, dtype in (_PROMPT_FIELDS | _RESPONSE_FIELDS).items()
-  }
-  tensors["record"] = np.frombuffer(text.encode(), np.uint8)
-  return safetensors_numpy.save(tensors)
+  return safetensors_numpy.save(
+    {
+      "tokens": tokens,
+      "logprobs": _concatenate([c.logprobs for c in completions], np.float32),
+      "versions": _concatenate([c.versions for c in completions], np.int32),
+      "record": np.frombuffer(text.encode(), np.uint8),
+    }
+  )
 
 
 def decode(data: bytes) -> types.Group:
-  """Returns the group that `encode` wrote; its arrays are views of `data`.
+  """Returns the group that `encode` wrote; arrays may share memory.
 
   Raises:
-    PoolError: the bytes are not a group, or one of a newer codec.
+    PoolError: the bytes are not a group, or one of another codec.
   """
   try:
-    tensors = safetensors_numpy.load(data)
+    tensors = safetensors_numpy.load(bytes(data))
     record = json.loads(tensors["record"].tobytes())
     codec = record["codec"]
   except (safetensors.SafetensorError, KeyError, ValueError) as error:
@@ -85,141 +106,146 @@ def decode(data: bytes) -> types.Group:
       f"a group was written by codec {codec}; this forge-jax reads codec "
       f"{CODEC_VERSION}"
     )
-  task = types.Task(**record["task"])
-  lengths = [
-    (c["prompt_length"], c["response_length"])
+  lengths = record["lengths"]
+  sequences = _unmerge(
+    tensors["tokens"],
+    record["order"],
+    record["shared"],
+    [prompt + response for prompt, response in lengths],
+  )
+  arrays, end = [], 0
+  for (prompt, response), sequence in zip(lengths, sequences, strict=True):
+    start, end = end, end + response
+    arrays.append(
+      {
+        "prompt_ids": sequence[:prompt],
+        "response_ids": sequence[prompt:],
+        "logprobs": tensors["logprobs"][start:end],
+        "versions": tensors["versions"][start:end],
+      }
+    )
+  task = _built(types.Task, record["group"]["task"])
+  following = iter(arrays)
+  episodes = tuple(
+    _built(
+      types.Episode,
+      e
+      | {"task": task}
+      | {
+        "completions": [
+          _built(types.Completion, c | next(following))
+          for c in e["completions"]
+        ]
+      },
+    )
     for e in record["episodes"]
-    for c in e["completions"]
-  ]
-  arrays = _split(tensors, lengths)
-  episodes = tuple(_episode(e, task, arrays) for e in record["episodes"])
-  return types.Group(
-    index=record["index"],
-    task=task,
-    episodes=episodes,
-    number=record["number"],
-    attempt=record["attempt"],
+  )
+  return _built(
+    types.Group, record["group"] | {"task": task, "episodes": episodes}
   )
 
 
 def _check_arrays(completion: types.Completion) -> None:
   length = completion.response_ids.shape
-  for name, dtype in (_PROMPT_FIELDS | _RESPONSE_FIELDS).items():
+  for name, dtype in _DTYPES.items():
     array = getattr(completion, name)
     if array.dtype != dtype or array.ndim != 1:
       raise errors.PoolError(
         f"completion {completion.id!r}: {name} is {array.dtype} of shape "
         f"{array.shape}; expected {dtype} with one axis"
       )
-    if name in _RESPONSE_FIELDS and array.shape != length:
+    if name != "prompt_ids" and array.shape != length:
       raise errors.PoolError(
         f"completion {completion.id!r}: {name} has {array.shape[0]} entries "
         f"for {length[0]} response tokens"
       )
 
 
-def _concatenate(arrays: Iterable[np.ndarray], dtype: np.dtype) -> np.ndarray:
+def _concatenate(arrays: Sequence[np.ndarray], dtype: Any) -> np.ndarray:
   return np.concatenate([np.empty(0, dtype), *arrays])
 
 
-def _split(
-  tensors: Mapping[str, np.ndarray], lengths: Sequence[tuple[int, int]]
-) -> Iterable[dict[str, np.ndarray]]:
-  """Yields each completion's arrays, in the order they were joined."""
-  ends = list(
-    itertools.accumulate(lengths, lambda a, b: (a[0] + b[0], a[1] + b[1]))
-  )
-  for (prompt, response), (prompt_end, response_end) in zip(
-    lengths, ends, strict=True
-  ):
-    yield {
-      name: tensors[name][prompt_end - prompt : prompt_end]
-      for name in _PROMPT_FIELDS
-    } | {
-      name: tensors[name][response_end - response : response_end]
-      for name in _RESPONSE_FIELDS
-    }
+def _merge(
+  sequences: Sequence[np.ndarray],
+) -> tuple[np.ndarray, list[int], list[int]]:
+  """Returns the forest's tokens, the order, and the tokens shared in it."""
+  keys = [sequence.tobytes() for sequence in sequences]
+  order = sorted(range(len(sequences)), key=keys.__getitem__)
+  shared, added, before = [], [], np.empty(0, np.int32)
+  for number in order:
+    sequence = sequences[number]
+    shared.append(_common(before, sequence))
+    added.append(sequence[shared[-1] :])
+    before = sequence
+  return _concatenate(added, np.int32), order, shared
 
 
-def _task_record(task: types.Task) -> dict[str, Any]:
-  return {
-    "id": task.id,
-    "domain": task.domain,
-    "index": task.index,
-    "payload": dict(task.payload),
-  }
+def _common(one: np.ndarray, other: np.ndarray) -> int:
+  """Length of the common prefix."""
+  length = min(len(one), len(other))
+  differ = one[:length] != other[:length]
+  first = int(differ.argmax()) if length else 0
+  return first if length and differ[first] else length
 
 
-def _episode_record(
-  episode: types.Episode, group_task: types.Task
-) -> dict[str, Any]:
-  if episode.task.id != group_task.id:
-    raise errors.PoolError(
-      f"episode {episode.id!r} is about task {episode.task.id!r}; its group "
-      f"is about {group_task.id!r}"
+def _unmerge(
+  tokens: np.ndarray,
+  order: Sequence[int],
+  shared: Sequence[int],
+  lengths: Sequence[int],
+) -> list[np.ndarray]:
+  """The sequences that `_merge` was given.
+
+  A sequence that the next one extends is a view of it, so that a history that
+  only grows takes no more memory than its last state.
+  """
+  sequences = [np.empty(0, np.int32)] * len(order)
+  last, start, first = np.empty(0, np.int32), 0, 0
+  while first < len(order):
+    end = first + 1  # order[first:end] are prefixes of one another
+    while end < len(order) and shared[end] == lengths[order[end - 1]]:
+      end += 1
+    added = lengths[order[end - 1]] - shared[first]
+    last = np.concatenate(
+      [last[: shared[first]], tokens[start : start + added]]
     )
-  return {
-    "id": episode.id,
-    "member": episode.member,
-    "seed": episode.seed,
-    "status": episode.status.value,
-    "completions": [_completion_record(c) for c in episode.completions],
-    "rewards": [
-      [r.name, r.component.value, r.value, r.step] for r in episode.rewards
-    ],
-    "messages": [dict(m) for m in episode.messages],
-    "seconds": episode.seconds,
-    "error": episode.error,
-  }
+    for number in order[first:end]:
+      sequences[number] = last[: lengths[number]]
+    start, first = start + added, end
+  return sequences
 
 
-def _completion_record(completion: types.Completion) -> dict[str, Any]:
-  return {
-    "id": completion.id,
-    "prompt_length": len(completion.prompt_ids),
-    "response_length": len(completion.response_ids),
-    "stop_reason": completion.stop_reason.value,
-    "parent": completion.parent,
-    "fork_reason": completion.fork_reason,
-    "started": completion.started,
-    "finished": completion.finished,
-  }
+def _plain(value: Any, without: set[str] = frozenset()) -> Any:
+  """A carrier as JSON, without its arrays."""
+  if dataclasses.is_dataclass(value):
+    return {
+      field.name: _plain(getattr(value, field.name))
+      for field in dataclasses.fields(value)
+      if field.name not in without and field.name not in _DTYPES
+    }
+  if isinstance(value, enum.Enum):
+    return value.value
+  if isinstance(value, tuple):
+    return [_plain(item) for item in value]
+  return dict(value) if isinstance(value, Mapping) else value
 
 
-def _episode(
-  record: Mapping[str, Any],
-  task: types.Task,
-  arrays: Iterable[dict[str, np.ndarray]],
-) -> types.Episode:
-  return types.Episode(
-    id=record["id"],
-    task=task,
-    member=record["member"],
-    seed=record["seed"],
-    status=types.EpisodeStatus(record["status"]),
-    completions=tuple(
-      _completion(c, a)
-      for c, a in zip(record["completions"], arrays, strict=False)
-    ),
-    rewards=tuple(
-      types.Reward(name, types.Component(component), value, step)
-      for name, component, value, step in record["rewards"]
-    ),
-    messages=tuple(record["messages"]),
-    seconds=record["seconds"],
-    error=record["error"],
-  )
-
-
-def _completion(
-  record: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
-) -> types.Completion:
-  return types.Completion(
-    id=record["id"],
-    stop_reason=types.StopReason(record["stop_reason"]),
-    parent=record["parent"],
-    fork_reason=record["fork_reason"],
-    started=record["started"],
-    finished=record["finished"],
-    **arrays,
-  )
+def _built(kind: Any, value: Any) -> Any:
+  """The inverse of `_plain` for a declared type."""
+  if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
+    declared = {field.name: field.type for field in dataclasses.fields(kind)}
+    unknown = value.keys() - declared.keys()
+    if unknown:
+      raise errors.PoolError(
+        f"a stored {kind.__name__} has fields that this forge-jax does not "
+        f"know: {sorted(unknown)}"
+      )
+    return kind(**{k: _built(declared[k], v) for k, v in value.items()})
+  if isinstance(kind, enum.EnumType):
+    return kind(value)
+  origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+  if origin is python_types.UnionType and value is not None:
+    return _built(arguments[0], value)
+  if origin is tuple and isinstance(value, (list, tuple)):
+    return tuple(_built(arguments[0], item) for item in value)
+  return value

@@ -1,58 +1,64 @@
-"""The durable store: every completed group, kept in append-only segments.
+"""The durable store: completed groups, and which step consumed them.
 
 Invariants:
-  1. `append` returns only after the group's bytes are synced to the disk;
-     a group whose append returned survives kill -9 and power loss.
-  2. A group index is stored at most once; a second append changes nothing.
-  3. Bytes that were acknowledged are never written again.
-  4. One process writes: the writer holds a lock on the folder's `lock` file.
-  5. `_places` names exactly the groups that are durable.
+  1. `append`, `claim` and `annotate` return only after their bytes are synced
+     to a segment *and* the index has committed them; what has returned
+     survives kill -9 and power loss.
+  2. A group index and a step are stored at most once. A second append changes
+     nothing; a second claim of a step must be the same.
+  3. Bytes that were acknowledged are never written again. `gc` moves live
+     records before it empties a segment.
+  4. An embedded pool has one writer: it holds a lock on the folder's `lock`.
+     A pool whose index is in PostgreSQL has any number; each appends to
+     segments of its own.
+  5. The segments are the truth: the index can be made again from them.
 
-The folder holds `lock` and `segment-00000000.log`, `segment-00000001.log`, ...
-A segment is closed, and the next begun, when it has reached its size.
+What a scheduler rebuilds its state from, without reading a token:
+`indices()` (stored groups), `infos()` (their heads) and `claims()` (by step:
+trained, dropped, to be tried again). A checkpoint names only its step: a claim
+is committed before its batch is trained, and stays. So after a crash the steps
+that were lost take the very same batches again, and nothing is trained twice,
+or skipped, within a surviving history.
+
+The folder holds `segment-00000000.log`, ..., and of an embedded pool `lock`,
+`index.sqlite` and, after a clean close, `index.clean`. Records that wait while
+another is being synced share the next sync (group commit).
 """
 
-import dataclasses
+from collections.abc import Mapping
+import contextlib
 import fcntl
-import itertools
 import logging
 import os
 import pathlib
-import threading
+from typing import Any
 
 from forge_jax import errors, types
-from forge_jax.pool import codec, segment
+from forge_jax.pool import codec, records, recovery, segment
+from forge_jax.pool import index as index_lib
+from forge_jax.pool import log as log_lib
 
 _LOG = logging.getLogger(__name__)
 
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class PoolConfig:
-  """How a pool lays out its files."""
-
-  segment_bytes: int = 128 * 2**20  # a segment that has reached it is closed
-
-  def __post_init__(self):
-    if self.segment_bytes < 1:
-      raise errors.ConfigError(
-        f"segment_bytes is {self.segment_bytes}; expected at least 1"
-      )
+PoolConfig = log_lib.LogConfig
 
 
 class DataPool:
   """Groups by index, on disk. Every method may be called from any thread."""
 
-  def __init__(self, path: pathlib.Path, config: PoolConfig, *, readonly: bool):
+  def __init__(
+    self,
+    path: pathlib.Path,
+    index: index_lib.Index,
+    log: log_lib.Log | None,
+    lock: int | None = None,
+  ):
+    """Takes over its parts; `open` is how a pool is opened."""
     self.path = path
-    self.readonly = readonly
-    self._config = config
-    self._mutex = threading.Lock()
-    self._places: dict[int, segment.Place] = {}
-    self._tail: pathlib.Path | None = None  # the segment appended to
-    self._descriptor: int | None = None  # of the tail
-    self._size = 0  # of the tail, bytes, all of them acknowledged
-    self._lock_descriptor: int | None = None
-    self._failure: str | None = None  # why nothing can be appended any more
+    self.index = index
+    self._log = log  # None: read-only
+    self._lock = lock
+    self._closed = False
 
   @classmethod
   def open(
@@ -62,61 +68,51 @@ class DataPool:
     *,
     readonly: bool = False,
   ) -> "DataPool":
-    """Opens a pool and checks all of it; a writer makes the folder.
+    """Opens an embedded pool, or any pool for reading; a writer makes it.
 
-    A writer cuts the torn tail that a crash left, with a warning. A reader
-    needs no lock, changes nothing, and sees the groups of this instant.
+    After a crash a writer reads all headers, takes over what is whole and cuts
+    the torn tail, with a warning. A reader needs no lock, changes nothing, and
+    sees the groups of this instant; it warns of damage and leaves it out.
 
     Raises:
       PoolError: the folder is missing (reader), cannot be used, has another
-        writer, or holds damage; the message names the file and the offset.
+        writer, or holds damage; the message names what is damaged.
     """
-    pool = cls(pathlib.Path(path), config or PoolConfig(), readonly=readonly)
+    folder = pathlib.Path(path)
     try:
-      if not readonly:
-        pool._make_folder()
-        pool._take_lock()
-      pool._load()
+      if readonly:
+        return cls(folder, _read_all(folder), None)
+      _make_folder(folder)
+      with contextlib.ExitStack() as undo:
+        lock = _take_lock(folder)
+        undo.callback(os.close, lock)
+        index = index_lib.SqliteIndex(folder)
+        undo.callback(index.abandon)
+        tail = _recover(folder, index)
+        log = log_lib.Log(folder, index, config or PoolConfig(), tail=tail)
+        undo.pop_all()
+      return cls(folder, index, log, lock)
     except OSError as error:
-      pool.close()
       raise errors.PoolError(f"{path}: cannot be opened: {error}") from error
-    except errors.PoolError:
-      pool.close()
-      raise
-    return pool
+
+  @property
+  def readonly(self) -> bool:
+    """Whether nothing can be appended."""
+    return self._log is None
 
   def append(self, group: types.Group) -> None:
     """Stores a group; when it returns, the group is on the disk.
 
+    On a full disk it waits, with longer and longer pauses, until there is
+    space: `full_disk_seconds` at most.
+
     Raises:
-      PoolError: the disk is full or failed (nothing of the group is kept and
-        the pool stays good), the pool is read-only or closed, or the group
+      PoolError: the disk stayed full or failed (nothing of the group is kept
+        and the pool stays good), the pool is read-only or closed, or the group
         is not well-formed.
     """
-    payload = codec.encode(group)
-    header, checksum = segment.frame(group.index, payload)
-    with self._mutex:
-      self._require_writable(group.index)
-      if group.index in self._places:
-        return
-      try:
-        self._require_tail()
-        segment.write_all(self._descriptor, header)
-        segment.write_all(self._descriptor, payload)
-      except OSError as error:
-        self._undo(group.index, error)
-      try:
-        os.fsync(self._descriptor)
-      except OSError as error:
-        # After a failed sync the kernel may have dropped the dirty pages and
-        # a later sync would succeed without them, so nothing more is written.
-        self._failure = f"a sync of {self._tail} failed: {error}"
-        self._undo(group.index, error)
-      place = segment.Place(
-        self._tail, self._size, group.index, len(payload), checksum
-      )
-      self._places[group.index] = place
-      self._size = place.end
+    if group.index not in self:
+      self._append(records.group_record(group), f"group {group.index}")
 
   def get(self, index: int) -> types.Group:
     """Returns a stored group.
@@ -124,36 +120,102 @@ class DataPool:
     Raises:
       PoolError: the group is not stored, or its bytes have been damaged.
     """
-    with self._mutex:
-      place = self._places.get(index)
-      count = len(self._places)
-    if place is None:
+    row = self._row(index)
+    path = segment.path_of(self.path, row.segment)
+    place = segment.Place(row.place, row.length)
+    try:
+      record = segment.read(path, place)
+    except errors.PoolError as error:
+      moved = self.index.find(records.GROUP, index)
+      if moved is not None and moved[:4] != row[:4]:
+        return self.get(index)  # gc was faster
       raise errors.PoolError(
-        f"{self.path}: group {index} is not among its {count} groups"
+        f"group {index} is damaged: {error}; `python -m forge_jax.pool verify "
+        "--repair` sets it aside"
+      ) from error
+    if (record.kind, record.key) != (records.GROUP, index):
+      raise errors.PoolError(
+        f"{path}: the record at byte {row.place} is not that of group {index}"
       )
-    return codec.decode(segment.read(place))
+    return codec.decode(record.body)
+
+  def info(self, index: int) -> records.GroupInfo:
+    """What is known of a stored group without its tokens.
+
+    Raises:
+      PoolError: the group is not stored.
+    """
+    row = self._row(index)
+    return records.group_info(row.head, row.length)
+
+  def infos(self, first: int = 0) -> list[records.GroupInfo]:
+    """The same of all groups with indices from `first` on, ascending."""
+    rows = self.index.rows(records.GROUP, first)
+    return [records.group_info(row.head, row.length) for row in rows]
 
   def indices(self) -> list[int]:
     """The stored groups' indices, ascending."""
-    with self._mutex:
-      return sorted(self._places)
+    return self.index.keys(records.GROUP)
 
   def __contains__(self, index: int) -> bool:
-    with self._mutex:
-      return index in self._places
+    return self.index.find(records.GROUP, index) is not None
 
   def __len__(self) -> int:
-    with self._mutex:
-      return len(self._places)
+    return self.index.count(records.GROUP)
+
+  def claim(self, claim: records.Claim) -> None:
+    """Commits what a step consumes, before it is trained.
+
+    Raises:
+      PoolError: the step has another claim already, or as for `append`.
+    """
+    self._append(records.claim_record(claim), f"the claim of step {claim.step}")
+    row = self.index.find(records.CLAIM, claim.step)
+    if row is None or records.read_claim(row.head) != claim:
+      raise errors.PoolError(
+        f"{self.path}: step {claim.step} has another claim already"
+      )
+
+  def claims(self, first: int = 0) -> list[records.Claim]:
+    """The claims of the steps from `first` on, ascending."""
+    rows = self.index.rows(records.CLAIM, first)
+    return [records.read_claim(row.head) for row in rows]
+
+  def annotate(self, group: int, record: Mapping[str, Any]) -> None:
+    """Keeps something said about a group after the fact, such as a new score.
+
+    Args:
+      group: its index; it need not be stored yet.
+      record: JSON values.
+
+    Raises:
+      PoolError: it does not fit into JSON, or as for `append`.
+    """
+    new = False
+    while not new:  # others may take the same number
+      number = self.index.last(records.NOTE) + 1
+      note = records.Note(number, group, record)
+      new = self._append(records.note_record(note), f"a note on group {group}")
+
+  def notes(self) -> list[records.Note]:
+    """What was said about groups, in the order it was said."""
+    rows = self.index.rows(records.NOTE)
+    return [records.read_note(row.key, row.head) for row in rows]
 
   def close(self) -> None:
     """Releases the files and the lock; a second call does nothing."""
-    with self._mutex:
-      self._failure = "the pool is closed"
-      for descriptor in (self._descriptor, self._lock_descriptor):
-        if descriptor is not None:
-          os.close(descriptor)
-      self._descriptor = self._lock_descriptor = None
+    if self._closed:
+      return
+    self._closed = True
+    good = self._log is None or self._log.failure is None
+    if self._log is not None:
+      self._log.close()
+    if good:
+      self.index.close()
+    else:
+      self.index.abandon()
+    if self._lock is not None:
+      os.close(self._lock)
 
   def __enter__(self) -> "DataPool":
     return self
@@ -161,120 +223,104 @@ class DataPool:
   def __exit__(self, *unused) -> None:
     self.close()
 
-  def _make_folder(self) -> None:
-    missing = [p for p in (self.path, *self.path.parents) if not p.exists()]
-    for folder in reversed(missing):
-      folder.mkdir(exist_ok=True)
-      _sync_folder(folder.parent)
-
-  def _take_lock(self) -> None:
-    path = self.path / "lock"
-    self._lock_descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-      fcntl.flock(self._lock_descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-      holder = path.read_text().strip() or "unknown"
+  def _row(self, index: int) -> index_lib.Row:
+    row = self.index.find(records.GROUP, index)
+    if row is None:
       raise errors.PoolError(
-        f"{self.path}: another writer holds the pool (process {holder}); "
-        "a pool has one writer, readers open it with readonly=True"
+        f"{self.path}: group {index} is not among its {len(self)} groups"
+      )
+    return row
+
+  def _append(self, record: segment.Record, name: str) -> bool:
+    reason = "the pool is read-only"
+    try:
+      if self._log is not None:
+        return self._log.append(record)
+    except OSError as error:
+      raise errors.PoolError(
+        f"{self.path}: {name} could not be appended and nothing of it is "
+        f"kept: {error.strerror or error}"
       ) from error
-    os.ftruncate(self._lock_descriptor, 0)
-    os.pwrite(self._lock_descriptor, f"{os.getpid()}\n".encode(), 0)
-
-  def _load(self) -> None:
-    if not self.path.is_dir():
-      raise errors.PoolError(f"{self.path}: there is no pool in this folder")
-    paths = sorted(self.path.glob("segment-????????.log"))
-    for before, path in itertools.pairwise(paths):
-      if _number(path) != _number(before) + 1:
-        raise errors.PoolError(
-          f"{self.path}: segments are missing between {before.name} and "
-          f"{path.name}"
-        )
-    for path in paths:
-      places, tear = segment.scan(path)
-      if tear is not None:
-        self._handle(tear, is_last=path == paths[-1])
-      for place in places:
-        self._add(place)
-    if paths and not self.readonly:
-      self._tail = paths[-1]
-      self._descriptor = os.open(self._tail, os.O_WRONLY | os.O_APPEND)
-      self._size = os.fstat(self._descriptor).st_size
-      # What a killed writer wrote may not have been synced yet.
-      os.fsync(self._descriptor)
-      _sync_folder(self.path)
-
-  def _handle(self, tear: segment.Tear, is_last: bool) -> None:
-    what = (
-      f"{tear.path}: {tear.reason} at byte {tear.offset}, {tear.bytes} bytes "
-      "from the end"
-    )
-    if not is_last:
-      raise errors.PoolError(f"{what}, with a later segment after it")
-    if self.readonly:
-      return  # a writer may be in the middle of this very record
-    _LOG.warning("%s: cut off as a torn tail", what)
-    descriptor = os.open(tear.path, os.O_WRONLY)
-    try:
-      os.ftruncate(descriptor, tear.offset)
-      os.fsync(descriptor)
-    finally:
-      os.close(descriptor)
-
-  def _add(self, place: segment.Place) -> None:
-    other = self._places.setdefault(place.index, place)
-    if other is not place:
-      raise errors.PoolError(
-        f"{place.path}: group {place.index} at byte {place.offset} is stored "
-        f"already in {other.path} at byte {other.offset}"
-      )
-
-  def _require_writable(self, index: int) -> None:
-    reason = "the pool is read-only" if self.readonly else self._failure
-    if reason:
-      raise errors.PoolError(
-        f"{self.path}: group {index} cannot be appended: {reason}"
-      )
-
-  def _require_tail(self) -> None:
-    """Opens the next segment when there is none or the last one is full."""
-    if self._tail is not None and self._size < self._config.segment_bytes:
-      return
-    number = 0 if self._tail is None else _number(self._tail) + 1
-    path = self.path / f"segment-{number:08d}.log"
-    # An empty file that a failed attempt left behind is taken over.
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-      _sync_folder(self.path)
-    except OSError:
-      os.close(descriptor)
-      raise
-    if self._descriptor is not None:
-      os.close(self._descriptor)
-    self._tail, self._descriptor, self._size = path, descriptor, 0
-
-  def _undo(self, index: int, error: OSError) -> None:
-    """Cuts what an append wrote, and raises."""
-    if self._descriptor is not None:
-      try:
-        os.ftruncate(self._descriptor, self._size)
-      except OSError as cut:
-        self._failure = f"{self._tail} could not be cut after a failure: {cut}"
-    raise errors.PoolError(
-      f"{self._tail or self.path}: group {index} could not be appended and "
-      f"nothing of it is kept: {error.strerror or error}"
-    ) from error
+    except errors.PoolError as error:
+      reason = str(error)
+    raise errors.PoolError(f"{self.path}: {name} cannot be appended: {reason}")
 
 
-def _sync_folder(path: pathlib.Path) -> None:
-  """Makes the folder's entries durable."""
-  descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+def _make_folder(path: pathlib.Path) -> None:
+  missing = [p for p in (path, *path.parents) if not p.exists()]
+  for folder in reversed(missing):
+    folder.mkdir(exist_ok=True)
+    segment.sync_folder(folder.parent)
+
+
+def _take_lock(folder: pathlib.Path) -> int:
+  path = folder / "lock"
+  descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
   try:
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError as error:
+    os.close(descriptor)
+    holder = path.read_text().strip() or "unknown"
+    raise errors.PoolError(
+      f"{folder}: another writer holds the pool (process {holder}); a pool has "
+      "one writer, readers open it with readonly=True"
+    ) from error
+  os.ftruncate(descriptor, 0)
+  os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+  return descriptor
+
+
+def _read_all(folder: pathlib.Path) -> index_lib.Index:
+  """A reader's index: what is good, with a warning about what is not."""
+  contents = recovery.examine(folder, {})
+  for line in contents.damage:
+    _LOG.warning("damaged, left out: %s", line)
+  index = index_lib.memory_index()
+  index.rebuild(contents.rows, contents.sizes)
+  return index
+
+
+def _recover(folder: pathlib.Path, index: index_lib.SqliteIndex) -> int | None:
+  """Makes the index agree with the segments; returns the last one's number.
+
+  Raises:
+    PoolError: acknowledged records are damaged or missing.
+  """
+  numbers = segment.numbers(folder)
+  if index.trusted:
+    sizes = index.sizes()
+    found = {n: segment.path_of(folder, n).stat().st_size for n in numbers}
+    if all(found[n] == sizes.get(n, 0) for n in numbers) and not (
+      sizes.keys() - found.keys()
+    ):
+      return numbers[-1] if numbers else None
+    _LOG.warning("%s: segments differ from what the index says", folder)
+  known = index.sizes() if index.trusted else index.known_sizes
+  contents = recovery.examine(folder, known)
+  missing = [
+    f"{segment.path_of(folder, n)} is missing"
+    for n in sorted(known.keys() - contents.sizes.keys())
+  ]
+  damage = missing + contents.damage
+  if damage:
+    raise errors.PoolError(
+      f"{folder}: acknowledged records are damaged: {'; '.join(damage)}. "
+      f"`python -m forge_jax.pool verify --repair {folder}` keeps what is good"
+    )
+  if contents.torn:
+    _LOG.warning("cut off as a torn tail: %s", contents.torn)
+  for number, size in contents.sizes.items():
+    _cut(segment.path_of(folder, number), size)
+  index.rebuild(contents.rows, contents.sizes)
+  return numbers[-1] if numbers else None
+
+
+def _cut(path: pathlib.Path, size: int) -> None:
+  """Cuts a segment and syncs it: a killed writer may not have."""
+  descriptor = os.open(path, os.O_WRONLY)
+  try:
+    if os.fstat(descriptor).st_size != size:
+      os.ftruncate(descriptor, size)
     os.fsync(descriptor)
   finally:
     os.close(descriptor)
-
-
-def _number(path: pathlib.Path) -> int:
-  return int(path.stem.removeprefix("segment-"))

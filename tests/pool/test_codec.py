@@ -65,13 +65,95 @@ def test_an_episode_about_another_task_is_refused():
 
 def test_a_newer_codec_is_refused():
   tensors = safetensors_numpy.load(codec.encode(sample_groups.make_group()))
-  record = json.loads(tensors["record"].tobytes()) | {"codec": 2}
+  record = json.loads(tensors["record"].tobytes()) | {"codec": 3}
   text = json.dumps(record).encode()
   data = safetensors_numpy.save(
     {**tensors, "record": np.frombuffer(text, np.uint8)}
   )
-  with pytest.raises(errors.PoolError, match="codec 2"):
+  with pytest.raises(errors.PoolError, match="codec 3"):
     codec.decode(data)
+
+
+def random_forest(rng, count):
+  """Completions that extend, fork, repeat and cut one another's tokens."""
+  made = [sample_groups.make_completion(rng, "0", 5, 3)]
+  while len(made) < count:
+    base = made[rng.integers(len(made))]
+    tokens = np.concatenate([base.prompt_ids, base.response_ids])
+    cut = tokens[: rng.integers(len(tokens) + 1)]
+    new = sample_groups.make_completion(
+      rng, str(len(made)), rng.integers(4), rng.integers(4)
+    )
+    prompt = np.concatenate([cut, new.prompt_ids])
+    made.append(dataclasses.replace(new, prompt_ids=prompt))
+  return made
+
+
+def distinct_tokens(completions):
+  """Size of the trie, the slow way."""
+  return len(
+    {
+      tuple(tokens[: depth + 1])
+      for tokens in (
+        [*c.prompt_ids.tolist(), *c.response_ids.tolist()] for c in completions
+      )
+      for depth in range(len(tokens))
+    }
+  )
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_shared_prefix_is_stored_once(seed):
+  rng = np.random.default_rng(seed)
+  group = sample_groups.make_group(episodes=2, turns=0)
+  made = random_forest(rng, int(rng.integers(1, 30)))
+  halves = made[::2], made[1::2]
+  group = dataclasses.replace(
+    group,
+    episodes=tuple(
+      dataclasses.replace(e, completions=tuple(half))
+      for e, half in zip(group.episodes, halves, strict=True)
+    ),
+  )
+  data = codec.encode(group)
+  sample_groups.assert_same(group, codec.decode(data))
+  tokens = safetensors_numpy.load(data)["tokens"]
+  assert len(tokens) == distinct_tokens(made)
+
+
+def test_a_history_that_grows_shares_its_memory():
+  rng = np.random.default_rng(0)
+  made = [sample_groups.make_completion(rng, "0", 50, 3)]
+  for number in range(9):
+    prompt = np.concatenate([made[-1].prompt_ids, made[-1].response_ids])
+    new = sample_groups.make_completion(rng, f"{number}", 0, 4)
+    made.append(dataclasses.replace(new, prompt_ids=prompt))
+  (episode,) = sample_groups.make_group(episodes=1, turns=0).episodes
+  group = dataclasses.replace(
+    sample_groups.make_group(episodes=0),
+    episodes=(dataclasses.replace(episode, completions=tuple(made)),),
+  )
+  (episode,) = codec.decode(codec.encode(group)).episodes
+  first, *_, last = episode.completions
+  assert np.shares_memory(first.prompt_ids, last.prompt_ids)
+
+
+def test_a_record_without_a_field_that_has_a_default_reads():
+  group = sample_groups.make_group(episodes=1, turns=1)
+  tensors = safetensors_numpy.load(codec.encode(group))
+  record = json.loads(tensors["record"].tobytes())
+  del record["episodes"][0]["completions"][0]["started"]
+  record["episodes"][0]["later"] = 1
+
+  def save():
+    text = np.frombuffer(json.dumps(record).encode(), np.uint8)
+    return safetensors_numpy.save({**tensors, "record": text})
+
+  with pytest.raises(errors.PoolError, match=r"Episode .*know: \['later'\]"):
+    codec.decode(save())
+  del record["episodes"][0]["later"]
+  (episode,) = codec.decode(save()).episodes
+  assert episode.completions[0].started == 0.0
 
 
 def test_noise_is_not_a_group():
