@@ -12,7 +12,7 @@ class Blocked:
       raise ImportError(f"{name} is blocked")
 
 sys.meta_path.insert(0, Blocked())
-names = ["forge_jax.engine.api", "forge_jax.engine.scripted"]
+names = ["forge_jax.engine." + n for n in ("api", "scripted", "server", "sglang")]
 for package in ("tasks", "agents", "gateway"):
   root = importlib.import_module(f"forge_jax.{package}")
   prefix = root.__name__ + "."
