@@ -45,12 +45,14 @@ BASE = [
 JAX = [
   "flax>=0.12",
   "jax>=0.11.1",
+  "llguidance>=1.9",
   "ml-dtypes>=0.5",
   "optax>=0.2.5",
   "orbax-checkpoint>=0.12",
 ]
 TEST = [
   "hypothesis>=6.100",
+  "jsonschema>=4.20",
   "pytest>=8.4",
   "pytest-asyncio>=1.0",
   "ruff>=0.14",

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from forge_jax import errors, paths, settings
 from forge_jax.agents import react
 from forge_jax.engine import engine as engine_lib
+from forge_jax.engine import grammar
 from forge_jax.gateway import server
 from forge_jax.gateway import tokenizer as tokenizer_lib
 from forge_jax.model import decoder as decoder_lib
@@ -143,6 +144,7 @@ class Blueprint:
       decoder,
       self.parts["engine"],
       decode_text=tokenizer.decode,
+      grammars=grammar.Grammars(tokenizer, decoder.config.vocab_size),
       version=version,
     )
     return services.Services(

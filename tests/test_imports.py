@@ -38,7 +38,8 @@ ALLOWED = {
   "client": ("gateway.wire",),
   "settings": (),  # between a configuration and dataclasses: for launch
 }
-JAX = ("jax", "jaxlib", "flax", "optax", "orbax")
+# JAX, what is built on it, and what the engine alone computes with.
+JAX = ("jax", "jaxlib", "flax", "optax", "orbax", "llguidance")
 # What installs and runs without JAX.
 JAX_FREE = (
   *LEAVES,

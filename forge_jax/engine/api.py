@@ -7,12 +7,14 @@ another process and sglang-jax are interchangeable.
 
 from collections.abc import AsyncIterator, Mapping
 import dataclasses
+import math
 from typing import Protocol
 
 from forge_jax import errors, types
 
 # Most alternatives that a request may ask for beside each sampled token.
 MOST_TOP_LOGPROBS = 20
+LEAST_REPETITION_PENALTY = 0.01
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -80,6 +82,56 @@ class GenerateRequest:
   id: str
   prompt_ids: tuple[int, ...]
   sampling: SamplingParams
+
+
+def check(
+  request: GenerateRequest, max_context: int, vocab_size: int | None = None
+) -> None:
+  """Refuses a request that no engine of these sizes could honour.
+
+  Raises:
+    ContextOverflowError: the prompt leaves no room for a token.
+    EngineError: a token or a number is out of bounds.
+  """
+  prompt, sampling = request.prompt_ids, request.sampling
+  if not prompt:
+    raise errors.EngineError(f"request {request.id}: the prompt is empty")
+  if len(prompt) >= max_context:
+    raise errors.ContextOverflowError(
+      f"the prompt has {len(prompt)} tokens; the context holds {max_context}, "
+      "prompt and response together"
+    )
+  bounds = {
+    "max_tokens": (1, math.inf),
+    "temperature": (0, math.inf),
+    "top_k": (0, math.inf),
+    "top_p": (0, 1),
+    "min_p": (0, 1),
+    "presence_penalty": (-math.inf, math.inf),
+    "frequency_penalty": (-math.inf, math.inf),
+    "repetition_penalty": (LEAST_REPETITION_PENALTY, math.inf),
+    "top_logprobs": (0, MOST_TOP_LOGPROBS),
+  }
+  for name, (low, high) in bounds.items():
+    value = getattr(sampling, name)
+    if not low <= value <= high or not math.isfinite(value):
+      raise errors.EngineError(
+        f"request {request.id}: {name}={value}, expected a number from {low} "
+        f"to {high}"
+      )
+  for token, bias in sampling.logit_bias:
+    if not math.isfinite(bias):
+      raise errors.EngineError(
+        f"request {request.id}: logit_bias of token {token} is {bias}"
+      )
+  if vocab_size is not None:
+    biased = [token for token, _ in sampling.logit_bias]
+    for token in (min(prompt), max(prompt), *biased):
+      if not 0 <= token < vocab_size:
+        raise errors.EngineError(
+          f"request {request.id}: token id {token} is outside the vocabulary "
+          f"of {vocab_size}"
+        )
 
 
 def refuse(request: GenerateRequest, *fields: str) -> None:

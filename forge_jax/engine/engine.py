@@ -18,21 +18,11 @@ import time
 from absl import logging
 
 from forge_jax import errors, types
-from forge_jax.engine import api
+from forge_jax.engine import api, grammar, sampling
 from forge_jax.engine import runner as runner_lib
 from forge_jax.engine import scheduler as scheduler_lib
 from forge_jax.engine import weights as weights_lib
 from forge_jax.model import decoder as decoder_lib
-
-_UNSUPPORTED = (
-  "min_p",
-  "presence_penalty",
-  "frequency_penalty",
-  "repetition_penalty",
-  "logit_bias",
-  "grammar",
-  "top_logprobs",
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +49,7 @@ class JaxEngine:
     config: EngineConfig,
     *,
     decode_text: Callable[[Sequence[int]], str] | None = None,
+    grammars: grammar.Grammars | None = None,
     version: int = 0,
   ):
     """Allocates the caches; `start` compiles and begins to serve.
@@ -67,6 +58,7 @@ class JaxEngine:
       decoder: graph and first weights.
       config: sizes.
       decode_text: token ids to text, needed for stop strings only.
+      grammars: of the model's vocabulary, needed for grammars only.
       version: version of the first weights.
 
     Raises:
@@ -75,6 +67,7 @@ class JaxEngine:
     self.config = config
     self.version = version
     self._decode_text = decode_text
+    self._grammars = grammars
     self._runner = runner_lib.Runner(decoder, config)
     self._scheduler = scheduler_lib.Scheduler(
       scheduler_lib.SchedulerConfig(
@@ -86,6 +79,7 @@ class JaxEngine:
       )
     )
     self._streams: dict[str, _Stream] = {}
+    self._progress: dict[str, grammar.Progress] = {}  # of those with a grammar
     self._inbox: list[tuple[str, object]] = []
     self._wake = threading.Condition()
     self._stopping = self._paused = False
@@ -123,8 +117,16 @@ class JaxEngine:
   ) -> AsyncIterator[api.TokenChunk]:
     """See `engine.api.Engine.generate`."""
     self._check(request)
+    progress = None
+    if request.sampling.grammar is not None:
+      # Away from the caller's loop, and from the engine's thread.
+      progress = await asyncio.to_thread(
+        self._grammars.start,
+        request.sampling.grammar,
+        request.sampling.stop_token_ids,
+      )
     stream = _Stream()
-    self._post("add", (request, stream))
+    self._post("add", (request, stream, progress))
     finished = False
     try:
       while not finished:
@@ -190,34 +192,19 @@ class JaxEngine:
     }
 
   def _check(self, request: api.GenerateRequest) -> None:
-    api.refuse(request, *_UNSUPPORTED)
     if self._failure or self._stopping:
       raise errors.EngineUnavailableError(
         self._failure or "the engine is stopped"
       )
-    if not request.prompt_ids:
-      raise errors.EngineError(f"request {request.id}: the prompt is empty")
-    if len(request.prompt_ids) >= self.max_context:
-      raise errors.ContextOverflowError(
-        f"the prompt has {len(request.prompt_ids)} tokens; the context holds "
-        f"{self.max_context}, prompt and response together"
-      )
-    vocab = self._runner.model.vocab_size
-    low, high = min(request.prompt_ids), max(request.prompt_ids)
-    if low < 0 or high >= vocab:
-      raise errors.EngineError(
-        f"request {request.id}: token id {low if low < 0 else high} is "
-        f"outside the vocabulary of {vocab}"
-      )
-    if request.sampling.max_tokens < 1:
-      raise errors.EngineError(
-        f"request {request.id}: max_tokens={request.sampling.max_tokens}, "
-        "expected at least 1"
-      )
-    if request.sampling.stop_strings and self._decode_text is None:
-      raise errors.EngineError(
-        f"request {request.id}: stop strings need an engine with a tokenizer"
-      )
+    api.check(request, self.max_context, self._runner.model.vocab_size)
+    for field, need in (
+      ("stop_strings", self._decode_text),
+      ("grammar", self._grammars),
+    ):
+      if need is None and getattr(request.sampling, field):
+        raise errors.EngineError(
+          f"request {request.id}: {field} needs an engine with a tokenizer"
+        )
 
   @property
   def _busy(self) -> bool:
@@ -254,7 +241,7 @@ class JaxEngine:
 
   def _receive(self, kind: str, message, posts: list) -> None:
     if kind == "add":
-      request, stream = message
+      request, stream, progress = message
       if self._failure is not None:
         posts.append((stream, errors.EngineUnavailableError(self._failure)))
         return
@@ -263,6 +250,8 @@ class JaxEngine:
         posts.append((stream, errors.EngineError(message)))
         return
       self._streams[request.id] = stream
+      if progress is not None:
+        self._progress[request.id] = progress
       self._scheduler.add(request)
     elif kind == "abort":
       self._end(message, types.StopReason.ABORT, posts)
@@ -282,11 +271,11 @@ class JaxEngine:
       return
     started = time.perf_counter()
     self._runner.copy(step.copies)
-    tokens, logprobs = self._runner.extend(
-      [_row(live, step.width) for live in step.rows], step.width
+    result = self._runner.extend(
+      [self._row(live, step.width) for live in step.rows], step.width
     )
     before = sum(live.committed for live in step.rows)
-    sampled = self._scheduler.commit(step, tokens)
+    sampled = self._scheduler.commit(step, result.token_R)
     self._busy_seconds += time.perf_counter() - started
     self._steps += 1
     self._sampled += len(sampled)
@@ -294,11 +283,52 @@ class JaxEngine:
       self._prefilled += sum(live.committed for live in step.rows) - before
     for live, row in sampled:
       reason = self._scheduler.stop_reason(live) or self._stop_string(live)
+      wanted = live.request.sampling.top_logprobs
       chunk = api.TokenChunk(
-        (live.response[-1],), (float(logprobs[row]),), (self.version,), reason
+        (live.response[-1],),
+        (float(result.logprob_R[row]),),
+        (self.version,),
+        reason,
+        (result.tops(row, wanted),) if wanted else (),
       )
       posts.append((self._streams[live.request.id], chunk))
       if reason is not None:
+        self._forget(live.request.id)
+    self._follow([live for live, _ in sampled], posts)
+
+  def _row(self, live: scheduler_lib.LiveRequest, width: int) -> runner_lib.Row:
+    params, tokens = live.request.sampling, live.next_tokens(width)
+    greedy = params.temperature == 0
+    shape = None
+    if live.committed + len(tokens) == live.length:  # the step samples
+      progress = self._progress.get(live.request.id)
+      shape = sampling.Shape.make(
+        params, live.prompt, live.response, progress and progress.allowed
+      )
+    return runner_lib.Row(
+      slot=live.slot,
+      tokens=tokens,
+      start=live.committed,
+      seed=params.seed & 0xFFFFFFFF,
+      temperature=params.temperature,
+      top_k=0 if greedy else params.top_k,
+      top_p=1.0 if greedy else params.top_p,
+      min_p=0.0 if greedy else params.min_p,
+      shape=shape,
+    )
+
+  def _follow(
+    self, sampled: Sequence[scheduler_lib.LiveRequest], posts: list
+  ) -> None:
+    """Takes the sampled tokens of requests that go on into their grammars."""
+    going = [live for live in sampled if live.request.id in self._progress]
+    progresses = [self._progress[live.request.id] for live in going]
+    grammar.advance(progresses, [live.response[-1] for live in going])
+    for live, progress in zip(going, progresses, strict=True):
+      if progress.error is not None:
+        message = f"request {live.request.id}: {progress.error}"
+        stream = self._streams[live.request.id]
+        posts.append((stream, errors.GrammarError(message)))
         self._forget(live.request.id)
 
   def _stop_string(
@@ -323,6 +353,7 @@ class JaxEngine:
 
   def _forget(self, request_id: str) -> None:
     self._scheduler.finish(request_id)
+    self._progress.pop(request_id, None)
     del self._streams[request_id]
 
   def _fail(self, message: str, posts: list) -> None:
@@ -331,20 +362,6 @@ class JaxEngine:
     for request_id, stream in list(self._streams.items()):
       posts.append((stream, errors.EngineUnavailableError(message)))
       self._forget(request_id)
-
-
-def _row(live: scheduler_lib.LiveRequest, width: int) -> runner_lib.Row:
-  sampling = live.request.sampling
-  greedy = sampling.temperature == 0
-  return runner_lib.Row(
-    slot=live.slot,
-    tokens=live.next_tokens(width),
-    start=live.committed,
-    seed=sampling.seed & 0xFFFFFFFF,
-    temperature=sampling.temperature,
-    top_k=0 if greedy else sampling.top_k,
-    top_p=1.0 if greedy else sampling.top_p,
-  )
 
 
 def _hand_over(posts: Sequence[tuple[_Stream, object]]) -> None:

@@ -61,6 +61,8 @@ class Row:
   temperature: float
   top_k: int
   top_p: float
+  min_p: float = 0.0
+  shape: sampling_lib.Shape | None = None  # None: the logits as they are
 
 
 class Runner:
@@ -100,7 +102,12 @@ class Runner:
     ]
     self.compilations = 0  # traces of `extend` and `copy`, for tests
     self._extend = jax.jit(
-      self._extend_fn, static_argnames=("filtered",), donate_argnums=(1,)
+      self._extend_fn,
+      static_argnames=("filtered", "shaped"),
+      donate_argnums=(1,),
+    )
+    self._sample = jax.jit(
+      self._sample_fn, static_argnames=("filtered", "tops")
     )
     self._copy = jax.jit(self._copy_fn, donate_argnums=(0,))
     self._prepare = jax.jit(self._prepare_fn)
@@ -117,9 +124,7 @@ class Runner:
     """Takes prepared weights; caches are kept."""
     self._weights = weights
 
-  def extend(
-    self, rows: Sequence[Row], width: int
-  ) -> tuple[np.ndarray, np.ndarray]:
+  def extend(self, rows: Sequence[Row], width: int) -> sampling_lib.Sampled:
     """Appends tokens to slots and samples the token after each row's last.
 
     Args:
@@ -127,7 +132,7 @@ class Runner:
       width: C, 1 or the prefill chunk.
 
     Returns:
-      token [len(rows)] int32 and logprob [len(rows)] float32.
+      What was sampled; its rows align with `rows`.
     """
     bucket = next(b for b in self._buckets(width) if b >= len(rows))
     full = bucket == self.config.slots
@@ -143,24 +148,38 @@ class Runner:
     length_R = np.zeros(bucket, np.int32)
     start_R, top_k_R = np.zeros_like(length_R), np.zeros_like(length_R)
     seed_R = np.zeros(bucket, np.uint32)
-    temperature_R, top_p_R = np.zeros((2, bucket), np.float32)
+    temperature_R, top_p_R, min_p_R = np.zeros((3, bucket), np.float32)
     for i, row in zip(place, rows, strict=True):
       tokens_RC[i, : len(row.tokens)] = row.tokens
       length_R[i], start_R[i] = len(row.tokens), row.start
       seed_R[i], temperature_R[i] = row.seed, row.temperature
-      top_k_R[i], top_p_R[i] = row.top_k, row.top_p
-    filtered = any(row.top_k > 0 or row.top_p < 1 for row in rows)
-    (token_R, logprob_R), self._caches = self._extend(
+      top_k_R[i], top_p_R[i], min_p_R[i] = row.top_k, row.top_p, row.min_p
+    filtered = any(row.top_k > 0 or row.top_p < 1 or row.min_p for row in rows)
+    shaped = any(row.shape is not None for row in rows)
+    sampling = (seed_R, temperature_R, top_k_R, top_p_R, min_p_R)
+    result, self._caches = self._extend(
       self._weights,
       self._caches,
       slot_R,
       tokens_RC,
       start_R,
       length_R,
-      (seed_R, temperature_R, top_k_R, top_p_R),
-      filtered=filtered,
+      sampling,
+      filtered=filtered and not shaped,
+      shaped=shaped,
     )
-    return np.asarray(token_R)[place], np.asarray(logprob_R)[place]
+    if shaped:
+      shapes: list[sampling_lib.Shape | None] = [None] * bucket
+      for i, row in zip(place, rows, strict=True):
+        shapes[i] = row.shape
+      result = self._sample(
+        result,
+        sampling_lib.stack(shapes, self.model.vocab_size),
+        (seed_R, start_R + length_R, *sampling[1:]),
+        filtered=filtered,
+        tops=any(shape is not None and shape.tops for shape in shapes),
+      )
+    return sampling_lib.Sampled(*(np.asarray(x)[place] for x in result))
 
   def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
     """Copies whole cache rows, in order; pairs of (source, target) slots."""
@@ -173,7 +192,7 @@ class Runner:
       self._caches = self._copy(self._caches, source, target, len(some))
 
   def warm_up(self) -> None:
-    """Compiles every shape of a step without filters, and `copy`."""
+    """Compiles every shape of a plain step, without filters, and `copy`."""
     row = Row(0, (0,), 0, 0, 1.0, 0, 1.0)
     for width in {1, self.config.prefill_chunk}:
       for bucket in self._buckets(width):
@@ -220,8 +239,9 @@ class Runner:
     sampling,
     *,
     filtered,
+    shaped,
   ):
-    """Traced: writes the caches, attends over them, samples."""
+    """Traced: writes the caches, attends over them; samples unless `shaped`."""
     self.compilations += 1
     decoder = nnx.merge(self._graph, weights)
     offset_C = jnp.arange(tokens_RC.shape[1])
@@ -254,17 +274,19 @@ class Runner:
     rows = len(slot_R)
     padding = ((0, self.config.slots - rows), (0, 0))
     logits_RV = decoder.logits(jnp.pad(hidden_RD, padding))[:rows]
-    seed_R, temperature_R, top_k_R, top_p_R = sampling
+    if shaped:
+      return logits_RV, new_caches
+    seed_R, *rest = sampling
     sampled = sampling_lib.sample(
-      logits_RV,
-      seed_R,
-      start_R + length_R,
-      temperature_R,
-      top_k_R,
-      top_p_R,
-      filtered=filtered,
+      logits_RV, seed_R, start_R + length_R, *rest, filtered=filtered
     )
     return sampled, new_caches
+
+  def _sample_fn(self, logits_RV, shapes, row_args, *, filtered, tops):
+    self.compilations += 1
+    return sampling_lib.sample_shaped(
+      logits_RV, shapes, *row_args, filtered=filtered, tops=tops
+    )
 
 
 def _write(

@@ -1,9 +1,181 @@
-"""Sampling on the device: one token a row, with its log-probability."""
+"""Sampling on the device: one token a row, with its log-probability.
+
+Most rows are drawn from the model's logits as they are, in one function with
+the forward pass (`sample`). The others go a second way, a function of its own
+on the logits (`sample_shaped`), so that what they ask for costs and compiles
+nothing for anyone else: each row has a `Shape`, made on the host for this one
+token.
+"""
+
+from collections.abc import Sequence
+import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from forge_jax.engine import api
 
 _BLOCK = 256
+_FEWEST_EDITS = 64  # the smallest bucket of edits a row
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Shape:
+  """How one row's next token departs from the model's logits; on the host.
+
+  The edits are of distinct tokens: a logit becomes itself divided by `factor`,
+  or times it where it is negative, plus `bias`.
+  """
+
+  token_E: np.ndarray  # int32
+  factor_E: np.ndarray  # float32, positive
+  bias_E: np.ndarray  # float32
+  allowed: np.ndarray | None = None  # uint32, a bit a token; None: all are
+  tops: bool = False  # whether the most likely tokens are wanted
+
+  @classmethod
+  def make(
+    cls,
+    params: api.SamplingParams,
+    prompt: np.ndarray,
+    response: Sequence[int],
+    allowed: np.ndarray | None = None,
+  ) -> "Shape | None":
+    """What a request's next token needs; None if `sample` will do.
+
+    Args:
+      params: of the request.
+      prompt: int32, its prompt.
+      response: its tokens so far.
+      allowed: uint32 [ceil(V / 32)], bit t % 32 of word t // 32 says whether
+        token t may be sampled; None: every token.
+    """
+    tokens = np.empty(0, np.int32)
+    factor = bias = np.empty(0, np.float32)
+    if edits(params):
+      said, count = np.unique(
+        np.asarray(response, np.int32), return_counts=True
+      )
+      added = dict(params.logit_bias)
+      seen = prompt if params.repetition_penalty != 1 else ()
+      tokens = np.unique(
+        np.concatenate([said, seen, list(added)]).astype(np.int32)
+      )
+      factor = np.where(
+        np.isin(tokens, np.concatenate([said, seen])),
+        np.float32(params.repetition_penalty),
+        np.float32(1),
+      )
+      bias = np.array([added.get(t, 0.0) for t in tokens.tolist()], np.float32)
+      bias[np.searchsorted(tokens, said)] -= (
+        params.presence_penalty + params.frequency_penalty * count
+      ).astype(np.float32)
+    elif allowed is None and not params.top_logprobs:
+      return None
+    return cls(tokens, factor, bias, allowed, params.top_logprobs > 0)
+
+
+def edits(params: api.SamplingParams) -> bool:
+  """Whether a request changes single tokens' logits."""
+  return bool(
+    params.logit_bias
+    or params.presence_penalty
+    or params.frequency_penalty
+    or params.repetition_penalty != 1
+  )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Sampled:
+  """The tokens of a step's rows; on the host, aligned."""
+
+  token_R: np.ndarray  # int32
+  logprob_R: np.ndarray  # float32, nats
+  # [R, MOST_TOP_LOGPROBS] or fewer, likeliest first; None: no row wants them.
+  top_token: np.ndarray | None = None
+  top_logprob: np.ndarray | None = None
+
+  def tops(self, row: int, count: int) -> tuple[tuple[int, float], ...]:
+    """The `count` most likely tokens of a row, without impossible ones."""
+    return tuple(
+      (token, logprob)
+      for token, logprob in zip(
+        self.top_token[row, :count].tolist(),
+        self.top_logprob[row, :count].tolist(),
+        strict=True,
+      )
+      if logprob > -np.inf
+    )
+
+
+def stack(
+  shapes: Sequence[Shape | None], vocab: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+  """The rows' shapes as arrays of bucketed size, for `sample_shaped`.
+
+  Returns:
+    token [R, E] int32, `vocab` where there is no edit; factor and bias [R, E]
+    float32; allowed [R, ceil(V / 32)] uint32.
+  """
+  most = max((len(s.token_E) for s in shapes if s is not None), default=0)
+  size = max(_FEWEST_EDITS, 1 << (most - 1).bit_length() if most else 0)
+  token = np.full((len(shapes), size), vocab, np.int32)
+  factor = np.ones((len(shapes), size), np.float32)
+  bias = np.zeros((len(shapes), size), np.float32)
+  allowed = np.full((len(shapes), -(-vocab // 32)), 2**32 - 1, np.uint32)
+  for row, shape in enumerate(shapes):
+    if shape is None:
+      continue
+    count = len(shape.token_E)
+    token[row, :count] = shape.token_E
+    factor[row, :count] = shape.factor_E
+    bias[row, :count] = shape.bias_E
+    if shape.allowed is not None:
+      allowed[row] = shape.allowed
+  return token, factor, bias, allowed
+
+
+def sample_shaped(
+  logits_RV: jnp.ndarray,
+  shapes: tuple[jnp.ndarray, ...],
+  *row_args: jnp.ndarray,
+  filtered: bool,
+  tops: bool,
+) -> tuple[jnp.ndarray, ...]:
+  """Samples like `sample`, from logits that are edited and masked first.
+
+  Args:
+    logits_RV: float32.
+    shapes: what `stack` returns.
+    *row_args: of `sample`, from the seeds on.
+    filtered: as of `sample`.
+    tops: whether to return the most likely tokens, too.
+
+  Returns:
+    token_R int32 and logprob_R float32; with `tops` also, likeliest first, the
+    tokens int32 and their log-probabilities float32, each
+    [R, min(MOST_TOP_LOGPROBS, V)].
+  """
+  token_RE, factor_RE, bias_RE, allowed = shapes
+  vocab = logits_RV.shape[-1]
+  old_RE = jnp.take_along_axis(
+    logits_RV, jnp.minimum(token_RE, vocab - 1), axis=1
+  )
+  new_RE = jnp.where(old_RE > 0, old_RE / factor_RE, old_RE * factor_RE)
+  rows_R1 = jnp.arange(len(logits_RV))[:, None]
+  logits_RV = logits_RV.at[rows_R1, token_RE].set(new_RE + bias_RE, mode="drop")
+  bit_32 = jnp.arange(32, dtype=jnp.uint32)
+  bits = (allowed[:, :, None] >> bit_32[None, None]) & 1
+  allowed_RV = bits.reshape(len(bits), -1)[:, :vocab] > 0
+  logits_RV = jnp.where(allowed_RV, logits_RV, -jnp.inf)
+  logits_RV = _scaled(logits_RV, *row_args[2:], filtered=filtered)
+  sampled = _sample(logits_RV, *row_args[:3])
+  if not tops:
+    return sampled
+  logprobs_RV = jax.nn.log_softmax(logits_RV, axis=-1)
+  top, token = jax.lax.top_k(logprobs_RV, min(api.MOST_TOP_LOGPROBS, vocab))
+  return *sampled, token.astype(jnp.int32), top
 
 
 def sample(
@@ -13,6 +185,7 @@ def sample(
   temperature_R: jnp.ndarray,
   top_k_R: jnp.ndarray,
   top_p_R: jnp.ndarray,
+  min_p_R: jnp.ndarray,
   *,
   filtered: bool,
 ) -> tuple[jnp.ndarray, jnp.ndarray]:
@@ -28,16 +201,43 @@ def sample(
     temperature_R: float32; 0 takes the most likely token.
     top_k_R: int32, 0 for no limit; read when `filtered`.
     top_p_R: float32 in (0, 1]; read when `filtered`.
-    filtered: whether any row limits top-k or top-p (the sort is slow).
+    min_p_R: float32 in [0, 1]; read when `filtered`.
+    filtered: whether any row limits top-k, top-p or min-p (the sort is slow).
 
   Returns:
     token_R int32 and logprob_R float32 under the distribution sampled from
     (of temperature 1 where the temperature is 0).
   """
-  greedy_R = temperature_R == 0
-  logits_RV = logits_RV / jnp.where(greedy_R, 1.0, temperature_R)[:, None]
+  logits_RV = _scaled(
+    logits_RV, temperature_R, top_k_R, top_p_R, min_p_R, filtered=filtered
+  )
+  return _sample(logits_RV, seed_R, position_R, temperature_R)
+
+
+def _scaled(
+  logits_RV: jnp.ndarray,
+  temperature_R: jnp.ndarray,
+  top_k_R: jnp.ndarray,
+  top_p_R: jnp.ndarray,
+  min_p_R: jnp.ndarray,
+  *,
+  filtered: bool,
+) -> jnp.ndarray:
+  """The logits of the distribution to sample from."""
+  scale_R = jnp.where(temperature_R == 0, 1.0, temperature_R)
+  logits_RV = logits_RV / scale_R[:, None]
   if filtered:
-    logits_RV = _filter(logits_RV, top_k_R, top_p_R)
+    return _filter(logits_RV, top_k_R, top_p_R, min_p_R)
+  return logits_RV
+
+
+def _sample(
+  logits_RV: jnp.ndarray,
+  seed_R: jnp.ndarray,
+  position_R: jnp.ndarray,
+  temperature_R: jnp.ndarray,
+) -> tuple[jnp.ndarray, jnp.ndarray]:
+  """Draws from the softmax of each row, or takes its peak."""
   peak_R = logits_RV.max(-1)
   mass_RV = jnp.exp(logits_RV - peak_R[:, None])
   uniform_R = jax.vmap(
@@ -46,8 +246,13 @@ def sample(
     )
   )(seed_R, position_R)
   drawn_R, total_R = _draw(mass_RV, uniform_R)
-  token_R = jnp.where(greedy_R, logits_RV.argmax(-1), drawn_R)
+  likeliest_R = logits_RV.argmax(-1)
+  token_R = jnp.where(temperature_R == 0, likeliest_R, drawn_R)
   chosen_R = jnp.take_along_axis(logits_RV, token_R[:, None], axis=1)[:, 0]
+  # Rounding can leave the draw in a block without mass.
+  impossible_R = chosen_R == -jnp.inf
+  token_R = jnp.where(impossible_R, likeliest_R, token_R)
+  chosen_R = jnp.where(impossible_R, peak_R, chosen_R)
   return token_R.astype(jnp.int32), chosen_R - peak_R - jnp.log(total_R)
 
 
@@ -87,9 +292,15 @@ def _first_above(ends: jnp.ndarray, goal_R: jnp.ndarray) -> jnp.ndarray:
 
 
 def _filter(
-  logits_RV: jnp.ndarray, top_k_R: jnp.ndarray, top_p_R: jnp.ndarray
+  logits_RV: jnp.ndarray,
+  top_k_R: jnp.ndarray,
+  top_p_R: jnp.ndarray,
+  min_p_R: jnp.ndarray,
 ) -> jnp.ndarray:
-  """Keeps the top-k tokens, then the smallest head of mass >= top-p."""
+  """Keeps the top-k tokens, then the smallest head of mass >= top-p.
+
+  Of those, the tokens with at least min-p of the likeliest one's probability.
+  """
   vocab = logits_RV.shape[-1]
   sorted_RV = jnp.sort(logits_RV, axis=-1, descending=True)
   limit_R = jnp.where(top_k_R > 0, jnp.minimum(top_k_R, vocab), vocab)
@@ -97,6 +308,11 @@ def _filter(
   kept_RV = jnp.where(rank_1V < limit_R[:, None], sorted_RV, -jnp.inf)
   probs_RV = jax.nn.softmax(kept_RV, axis=-1)
   before_RV = jnp.cumsum(probs_RV, axis=-1) - probs_RV
-  kept_RV = jnp.where(before_RV < top_p_R[:, None], kept_RV, jnp.inf)
+  # The first is kept whatever top-p is. Rounding takes the sum past one:
+  # without a limit, all is kept.
+  head_RV = (before_RV < top_p_R[:, None]) | (rank_1V == 0)
+  head_RV |= (top_p_R >= 1)[:, None]
+  kept_RV = jnp.where(head_RV, kept_RV, jnp.inf)
   floor_R = jnp.where(jnp.isfinite(kept_RV), kept_RV, jnp.inf).min(-1)
+  floor_R = jnp.maximum(floor_R, sorted_RV[:, 0] + jnp.log(min_p_R))
   return jnp.where(logits_RV >= floor_R[:, None], logits_RV, -jnp.inf)

@@ -2,8 +2,8 @@
 
 For tests, dry runs and benchmarks of whatever talks to an engine. It honours
 budgets, stop tokens and strings, aborts and weight versions. The script is what
-was sampled, whatever the distribution that a request asks for; only a grammar
-is refused. Log-probabilities are made up, and the same for the same seed,
+was sampled, whatever the distribution that a request asks for; but it must be
+of the grammar that is asked for. Log-probabilities are made up, and the same for the same seed,
 position and token; so are the tokens reported beside a sampled one.
 """
 
@@ -26,6 +26,7 @@ class ScriptedEngine:
     max_context: int = 4096,
     delay: float = 0.0,
     decode: Callable[[Sequence[int]], str] | None = None,
+    follows: Callable[[str, Sequence[int], bool], bool] | None = None,
   ):
     """Plays a script.
 
@@ -35,11 +36,15 @@ class ScriptedEngine:
       max_context: most tokens of prompt and response.
       delay: seconds before each token; 0 gives the whole reply in one chunk.
       decode: tokens to text; needed by requests with stop strings only.
+      follows: given a grammar and tokens, whether they are of it, or, if a
+        third argument is false, begin what is (`grammar.Grammars.follows`);
+        needed by requests with a grammar only.
     """
     self._reply = reply
     self._max_context = max_context
     self._delay = delay
     self._decode = decode
+    self._follows = follows
     self._version = 0
     self._paused = False
     self._running: set[str] = set()
@@ -107,18 +112,11 @@ class ScriptedEngine:
     self, request: api.GenerateRequest
   ) -> tuple[tuple[int, ...], types.StopReason]:
     """The tokens to play and why they end."""
-    api.refuse(request, "grammar")
+    api.check(request, self._max_context)
+    if self._follows is None:
+      api.refuse(request, "grammar")
     sampling = request.sampling
     room = self._max_context - len(request.prompt_ids)
-    if room < 1:
-      raise errors.ContextOverflowError(
-        f"the prompt has {len(request.prompt_ids)} tokens; the context of "
-        f"{self._max_context} leaves no room for a response"
-      )
-    if sampling.max_tokens < 1:
-      raise errors.EngineError(
-        f"max_tokens is {sampling.max_tokens}; it must be at least 1"
-      )
     if sampling.stop_strings and self._decode is None:
       raise errors.EngineError("stop strings need a scripted engine's `decode`")
     tokens = tuple(self._reply(request))
@@ -128,8 +126,25 @@ class ScriptedEngine:
         sampling.stop_strings
         and any(s in self._decode(tokens[:n]) for s in sampling.stop_strings)
       ):
-        return tokens[:n], types.StopReason.STOP
-    return tokens, types.StopReason.LENGTH
+        tokens, reason = tokens[:n], types.StopReason.STOP
+        break
+    else:
+      reason = types.StopReason.LENGTH
+    self._check_grammar(sampling, tokens)
+    return tokens, reason
+
+  def _check_grammar(
+    self, sampling: api.SamplingParams, tokens: tuple[int, ...]
+  ) -> None:
+    """Makes sure that the script could have been sampled."""
+    if sampling.grammar is None:
+      return
+    whole = bool(tokens) and tokens[-1] in sampling.stop_token_ids
+    said = tokens[:-1] if whole else tokens
+    if not self._follows(sampling.grammar, said, whole):
+      raise errors.EngineError(
+        f"the script {said} is not of the grammar that the request asks for"
+      )
 
   def _chunk(
     self,

@@ -1,22 +1,36 @@
 """On-device sampling against the distributions it should follow."""
 
+from hypothesis import given, settings
+from hypothesis import strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from forge_jax.engine import sampling
+from forge_jax.engine import api, sampling
+
+_SAMPLE = jax.jit(sampling.sample, static_argnames="filtered")
 
 
-def draw(logits, rows, *, temperature=1.0, top_k=0, top_p=1.0, filtered=False):
+def draw(
+  logits,
+  rows,
+  *,
+  temperature=1.0,
+  top_k=0,
+  top_p=1.0,
+  min_p=0.0,
+  filtered=False,
+):
   logits_RV = jnp.tile(jnp.asarray(logits, jnp.float32)[None], (rows, 1))
   fill = lambda value, dtype: jnp.full((rows,), value, dtype)
-  return sampling.sample(
+  return _SAMPLE(
     logits_RV,
     jnp.arange(rows, dtype=jnp.uint32),
     fill(7, jnp.int32),
     fill(temperature, jnp.float32),
     fill(top_k, jnp.int32),
     fill(top_p, jnp.float32),
+    fill(min_p, jnp.float32),
     filtered=filtered,
   )
 
@@ -67,6 +81,7 @@ def test_a_row_does_not_depend_on_its_neighbours():
     jnp.ones(8),
     jnp.zeros(8, jnp.int32),
     jnp.ones(8),
+    jnp.zeros(8),
   )
   token_R, logprob_R = sampling.sample(logits_RV, *args, filtered=False)
   back = [x[::-1] for x in args]
@@ -75,3 +90,153 @@ def test_a_row_does_not_depend_on_its_neighbours():
   )
   np.testing.assert_array_equal(token_R, token_back[::-1])
   np.testing.assert_array_equal(logprob_R, logprob_back[::-1])
+
+
+_SAMPLE_SHAPED = jax.jit(
+  sampling.sample_shaped, static_argnames=("filtered", "tops")
+)
+
+
+def shaped(logits_RV, shapes, *, temperature=1.0, min_p=0.0, tops=False):
+  rows, vocab = logits_RV.shape
+  return _SAMPLE_SHAPED(
+    jnp.asarray(logits_RV, jnp.float32),
+    sampling.stack(shapes, vocab),
+    jnp.arange(rows, dtype=jnp.uint32),
+    jnp.full(rows, 7),
+    jnp.full(rows, temperature),
+    jnp.zeros(rows, jnp.int32),
+    jnp.ones(rows),
+    jnp.full(rows, min_p),
+    filtered=min_p > 0,
+    tops=tops,
+  )
+
+
+def shape(prompt=(), response=(), allowed=None, **params):
+  return sampling.Shape.make(
+    api.SamplingParams(max_tokens=1, **params),
+    np.asarray(prompt, np.int32),
+    response,
+    allowed,
+  )
+
+
+def edited(logits, prompt, response, params):
+  """The reference: one token and one rule at a time, in float64."""
+  logits = np.array(logits, np.float64)
+  for t in set(prompt) | set(response):
+    factor = params.repetition_penalty
+    logits[t] = logits[t] / factor if logits[t] > 0 else logits[t] * factor
+  for t in response:
+    logits[t] -= params.frequency_penalty
+  for t in set(response):
+    logits[t] -= params.presence_penalty
+  for t, bias in params.logit_bias:
+    logits[t] += bias
+  return logits
+
+
+def test_min_p_keeps_what_is_likely_enough_beside_the_likeliest():
+  logits = jnp.log(jnp.asarray([0.5, 0.25, 0.15, 0.1]))
+  token_R, logprob_R = draw(logits, 500, min_p=0.3, filtered=True)
+  assert set(np.asarray(token_R)) == {0, 1, 2}
+  expected = np.log([0.5 / 0.9, 0.25 / 0.9, 0.15 / 0.9])[np.asarray(token_R)]
+  np.testing.assert_allclose(logprob_R, expected, atol=1e-5)
+
+
+def test_top_p_zero_keeps_the_likeliest():
+  token_R, logprob_R = draw([0.0, 2.0, 1.0], 50, top_p=0.0, filtered=True)
+  assert set(np.asarray(token_R)) == {1}
+  np.testing.assert_allclose(logprob_R, 0.0, atol=1e-6)
+
+
+def test_a_filter_of_another_row_cuts_no_tail():
+  logits = np.full(600, -20.0)
+  logits[0] = 0.0  # the tail's cumulative probability rounds to one
+  _, plain = draw(logits, 3)
+  _, filtered = draw(logits, 3, filtered=True)
+  np.testing.assert_array_equal(plain, filtered)
+
+
+@given(data=st.data())
+@settings(max_examples=40, deadline=None)
+def test_edits_follow_the_reference(data):
+  tokens = st.lists(st.integers(0, 96), max_size=12)
+  prompt, response = data.draw(tokens), data.draw(tokens)
+  params = api.SamplingParams(
+    max_tokens=1,
+    presence_penalty=data.draw(st.sampled_from([0.0, 1.5, -2.0])),
+    frequency_penalty=data.draw(st.sampled_from([0.0, 0.7, -1.0])),
+    repetition_penalty=data.draw(st.sampled_from([1.0, 1.3, 0.8])),
+    logit_bias=tuple(
+      data.draw(
+        st.dictionaries(st.integers(0, 96), st.floats(-9, 9), max_size=4)
+      ).items()
+    ),
+    top_logprobs=20,
+  )
+  logits = np.random.default_rng(data.draw(st.integers(0, 99))).normal(size=97)
+  made = sampling.Shape.make(params, np.asarray(prompt, np.int32), response)
+  token_R, logprob_R, top_token, top_logprob = shaped(
+    np.tile(logits * 3, (2, 1)), [made, None], tops=True
+  )
+  for row, reference in enumerate(
+    (edited(logits * 3, prompt, response, params), logits * 3)
+  ):
+    expected = reference - np.logaddexp.reduce(reference)
+    np.testing.assert_allclose(
+      logprob_R[row], expected[token_R[row]], atol=1e-4
+    )
+    np.testing.assert_allclose(
+      top_logprob[row], np.sort(expected)[::-1][:20], atol=1e-4
+    )
+    np.testing.assert_allclose(
+      top_logprob[row], expected[top_token[row]], atol=1e-4
+    )
+
+
+def test_only_allowed_tokens_are_drawn_and_their_mass_is_one():
+  vocab, rows = 700, 3000
+  rng = np.random.default_rng(0)
+  logits = rng.normal(size=vocab) * 2
+  some = np.sort(rng.choice(vocab, 9, replace=False))
+  bits = np.zeros(704, np.uint8)
+  bits[some] = 1
+  words = np.packbits(bits, bitorder="little").view(np.uint32)
+  token_R, logprob_R = shaped(
+    np.tile(logits, (rows, 1)), [shape(allowed=words)] * rows
+  )
+  expected = logits[some] - np.logaddexp.reduce(logits[some])
+  found = np.asarray(token_R)
+  place = np.searchsorted(some, found)
+  np.testing.assert_array_equal(some[place], found)
+  np.testing.assert_allclose(logprob_R, expected[place], atol=1e-4)
+  share = np.bincount(place, minlength=9) / rows
+  np.testing.assert_allclose(share, np.exp(expected), atol=0.04)
+
+
+def test_a_lone_allowed_token_is_certain_at_any_temperature():
+  words = np.zeros(4, np.uint32)
+  words[2] = 1 << 5
+  logits = np.random.default_rng(1).normal(size=(8, 100))
+  for temperature in (0.0, 0.3, 2.0):
+    token_R, logprob_R, top_token, top_logprob = shaped(
+      logits,
+      [shape(allowed=words, top_logprobs=3)] * 8,
+      temperature=temperature,
+      tops=True,
+    )
+    np.testing.assert_array_equal(token_R, 69)
+    np.testing.assert_allclose(logprob_R, 0.0, atol=1e-6)
+    result = sampling.Sampled(
+      np.asarray(token_R),
+      np.asarray(logprob_R),
+      np.asarray(top_token),
+      np.asarray(top_logprob),
+    )
+    assert [token for token, _ in result.tops(0, 3)] == [69]
+
+
+def test_a_request_that_changes_nothing_has_no_shape():
+  assert shape(prompt=[1], response=[2], temperature=0.5, min_p=0.1) is None

@@ -81,9 +81,9 @@ async def test_weights_change_under_a_running_request():
 
 async def test_what_is_refused():
   engine = scripted.ScriptedEngine(lambda _: [5], max_context=4)
-  with pytest.raises(errors.ContextOverflowError, match=r"4 tokens.*of 4"):
+  with pytest.raises(errors.ContextOverflowError, match=r"4 tokens.*holds 4"):
     await collect(engine, request(prompt=range(4)))
-  with pytest.raises(errors.EngineError, match="max_tokens is 0"):
+  with pytest.raises(errors.EngineError, match="max_tokens=0"):
     await collect(engine, request(max_tokens=0))
   with pytest.raises(errors.EngineError, match="decode"):
     await collect(engine, request(stop_strings=("x",)))
@@ -106,3 +106,20 @@ async def test_a_grammar_is_refused_by_name():
   engine = scripted.ScriptedEngine(lambda _: [5])
   with pytest.raises(errors.EngineError, match="grammar='start: "):
     await collect(engine, request(grammar='start: "a"'))
+
+
+async def test_a_script_must_be_of_the_grammar():
+  asked = []
+
+  def follows(grammar, tokens, whole):
+    asked.append((grammar, tokens, whole))
+    return 6 not in tokens
+
+  engine = scripted.ScriptedEngine(lambda r: r.prompt_ids, follows=follows)
+  stop = {"grammar": "g", "stop_token_ids": (9,)}
+  out = await collect(engine, request(prompt=(5, 9), **stop))
+  assert out[0] == [5, 9]
+  await collect(engine, request(prompt=(5, 7), **stop))
+  assert asked == [("g", (5,), True), ("g", (5, 7), False)]
+  with pytest.raises(errors.EngineError, match=r"\(5, 6\) is not of"):
+    await collect(engine, request(prompt=(5, 6), **stop))
