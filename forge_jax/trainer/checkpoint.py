@@ -1,14 +1,26 @@
-"""Training checkpoints: Orbax for the arrays, JSON for the rest.
+"""Training checkpoints: Orbax for the arrays, JSON for the rest, verified.
 
-A checkpoint appears whole or not at all: Orbax writes into a temporary folder
-that it renames when everything is on disk. Arrays are stored under flat names,
-so that evaluation can read the parameters alone.
+Invariants:
+  1. A checkpoint counts once its manifest is on the disk, which is written
+     last: the SHA-256 of every file (`manifest.py`).
+  2. No checkpoint is deleted before a newer one counts.
+  3. Nothing is restored before every file of it has been compared with the
+     manifest. Orbax itself gives back a flipped bit without a word.
+  4. At most one save is under way. A failed one is raised by the next call.
+
+`save` returns when the arrays are copied out of the devices; writing goes on
+in the background. Arrays are stored under flat names, so that evaluation can
+read the parameters alone. A restart uses the newest checkpoint that is good,
+and says loudly which ones are not; the trainer sets those aside as
+`<step>.damaged`.
 """
 
 from collections.abc import Mapping
 import dataclasses
+import logging
 import pathlib
 import shutil
+import threading
 from typing import Any
 
 from flax import nnx
@@ -18,20 +30,30 @@ import orbax.checkpoint as ocp
 
 from forge_jax import errors
 from forge_jax.model import decoder as decoder_lib
-from forge_jax.trainer import update
+from forge_jax.trainer import manifest, update
 
+_LOG = logging.getLogger(__name__)
 _HEADROOM = 64 * 1024**2  # bytes kept free beside a checkpoint
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-  """When checkpoints are written and how many are kept."""
+  """When checkpoints are written and which ones are kept."""
 
   every: int = 10  # trainer steps; 0: only when a run ends
-  keep: int = 1
+  keep: int = 2  # the newest ones; one could be damaged
+  keep_every: int = 0  # steps whose multiples are kept for good; 0: none
   # Most bytes, in 1e9, copied for writing at a time; at least the largest
   # array.
   concurrent_gb: float = 96.0
+
+  def __post_init__(self):
+    for name, least in (("every", 0), ("keep", 1), ("keep_every", 0)):
+      if getattr(self, name) < least:
+        raise errors.ConfigError(
+          f"checkpoint {name} is {getattr(self, name)}; expected at least "
+          f"{least}"
+        )
 
 
 class Checkpointer:
@@ -40,26 +62,32 @@ class Checkpointer:
   def __init__(self, workdir: str | pathlib.Path, config: CheckpointConfig):
     self.config = config
     self.folder = pathlib.Path(workdir).absolute() / "checkpoints"
-    self._manager = ocp.CheckpointManager(
-      self.folder,
-      options=ocp.CheckpointManagerOptions(
-        max_to_keep=config.keep,
-        enable_async_checkpointing=False,
-        cleanup_tmp_directories=True,
-      ),
-      item_handlers={
-        name: ocp.StandardCheckpointHandler(
-          save_concurrent_gb=config.concurrent_gb
-        )
-        for name in ("params", "optimizer")
-      }
-      | {"host": ocp.JsonCheckpointHandler()},
+    self._orbax = ocp.AsyncCheckpointer(
+      ocp.CompositeCheckpointHandler(
+        host=ocp.JsonCheckpointHandler(),
+        **{
+          name: ocp.StandardCheckpointHandler(
+            save_concurrent_gb=config.concurrent_gb
+          )
+          for name in ("params", "optimizer")
+        },
+      )
     )
+    self._writing: threading.Thread | None = None
+    self._failure: errors.CheckpointError | None = None
 
   @property
   def latest_step(self) -> int | None:
-    """Step of the newest checkpoint; None: there is none."""
-    return self._manager.latest_step()
+    """Step of the newest complete checkpoint; None: there is none."""
+    return max(self.steps(), default=None)
+
+  def steps(self) -> list[int]:
+    """The steps of the complete checkpoints, good or damaged, ascending."""
+    return sorted(
+      int(path.name)
+      for path in self.folder.glob("*")
+      if path.name.isdecimal() and (path / manifest.NAME).exists()
+    )
 
   def due(self, step: int) -> bool:
     """Whether the schedule asks for a checkpoint after this step."""
@@ -68,7 +96,9 @@ class Checkpointer:
   def save(
     self, step: int, state: update.TrainState, host: Mapping[str, Any]
   ) -> None:
-    """Writes a checkpoint; returns when it is on disk.
+    """Begins a checkpoint, after the one before it is complete.
+
+    When it returns, the state may change. `wait` says when it is on disk.
 
     Args:
       step: trainer steps taken.
@@ -77,39 +107,49 @@ class Checkpointer:
 
     Raises:
       CheckpointError: the disk is full or fails; older checkpoints remain and
-        no partial one does.
+        no partial one does. Or the save before it failed.
     """
-    need = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + _HEADROOM
-    free = shutil.disk_usage(self.folder).free
-    # Compression may save some of it; a checkpoint that might not fit is not
-    # begun, so that a full disk is found before anything is written.
-    if free < need:
-      raise errors.CheckpointError(
-        f"checkpoint of step {step} needs {need / 1e9:.2f} GB in "
-        f"{self.folder}; {free / 1e9:.2f} GB are free"
-      )
+    self.wait()
+    path = self.folder / str(step)
     try:
-      self._manager.save(
-        step,
+      self.folder.mkdir(parents=True, exist_ok=True)
+      self._require_space(step, state)
+      if path.exists():  # of a history that was lost, or never completed
+        _remove(path)
+      self._orbax.save(
+        path,
         args=ocp.args.Composite(
           params=ocp.args.StandardSave(decoder_lib.flatten(state.params)),
           optimizer=ocp.args.StandardSave(_flat(state.opt_state)),
           host=ocp.args.JsonSave(dict(host)),
         ),
-        force=True,
       )
-      self._manager.wait_until_finished()
     except (OSError, ValueError, RuntimeError) as e:
-      for partial in self.folder.glob(f"{step}.*tmp*"):
-        shutil.rmtree(partial, ignore_errors=True)
-      raise errors.CheckpointError(
-        f"checkpoint of step {step} in {self.folder} could not be written: {e}"
-      ) from e
+      raise self._not_written(step, e) from e
+    self._writing = threading.Thread(
+      target=self._complete, args=(step,), name=f"checkpoint {step}"
+    )
+    self._writing.start()
+
+  def wait(self) -> None:
+    """Returns when no save is under way.
+
+    Raises:
+      CheckpointError: one has failed.
+    """
+    if self._writing is not None:
+      self._writing.join()
+      self._writing = None
+    failure, self._failure = self._failure, None
+    if failure is not None:
+      raise failure
 
   def restore(
     self, template: update.TrainState, step: int | None = None
   ) -> tuple[update.TrainState, dict[str, Any]]:
-    """Reads a checkpoint, the newest by default.
+    """Reads a checkpoint, the newest good one by default.
+
+    Damaged ones that are newer are renamed to `<step>.damaged`.
 
     Args:
       template: a state of the right shapes and placement.
@@ -119,13 +159,20 @@ class Checkpointer:
       The state and the host values.
 
     Raises:
-      CheckpointError: there is no such checkpoint, or it does not fit.
+      CheckpointError: there is no such checkpoint, none is good, or it does
+        not fit.
     """
+    good, damaged = self._choose(step)
     restored = self._read(
-      step,
+      good,
       params=decoder_lib.flatten(template.params),
       optimizer=_flat(template.opt_state),
     )
+    for bad in damaged:
+      aside = self.folder / f"{bad}.damaged"
+      if aside.exists():
+        shutil.rmtree(aside)
+      (self.folder / str(bad)).rename(aside)
     params = decoder_lib.unflatten(template.params, restored["params"])
     opt_state = _unflat(template.opt_state, restored["optimizer"])
     return update.TrainState(params, opt_state), restored["host"]
@@ -135,43 +182,133 @@ class Checkpointer:
   ) -> tuple[decoder_lib.Decoder, dict[str, Any]]:
     """A decoder like the given one with a checkpoint's parameters.
 
-    The optimizer's state is not read.
+    The optimizer's state is not read, and nothing is renamed.
 
     Args:
       decoder: of the checkpoint's shape.
-      step: which checkpoint, the newest by default.
+      step: which checkpoint, the newest good one by default.
 
     Returns:
       The decoder and the host values.
 
     Raises:
-      CheckpointError: there is no such checkpoint, or it does not fit.
+      CheckpointError: there is no such checkpoint, none is good, or it does
+        not fit.
     """
     graph, template = nnx.split(decoder)
-    restored = self._read(step, params=decoder_lib.flatten(template))
+    good, _ = self._choose(step)
+    restored = self._read(good, params=decoder_lib.flatten(template))
     state = decoder_lib.unflatten(template, restored["params"])
     return nnx.merge(graph, state), restored["host"]
 
   def close(self) -> None:
-    """Releases Orbax's threads."""
-    self._manager.close()
+    """Waits for a save under way and releases Orbax's threads.
+
+    Raises:
+      CheckpointError: the save failed.
+    """
+    try:
+      self.wait()
+    finally:
+      self._orbax.close()
+
+  def _require_space(self, step: int, state: update.TrainState) -> None:
+    need = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + _HEADROOM
+    free = shutil.disk_usage(self.folder).free
+    # Compression may save some of it; a checkpoint that might not fit is not
+    # begun, so that a full disk is found before anything is written.
+    if free < need:
+      raise errors.CheckpointError(
+        f"checkpoint of step {step} needs {need / 1e9:.2f} GB in "
+        f"{self.folder}; {free / 1e9:.2f} GB are free"
+      )
+
+  def _complete(self, step: int) -> None:
+    """Runs on a thread of its own: the manifest, then what is not kept."""
+    try:
+      self._orbax.wait_until_finished()
+      manifest.write(self.folder / str(step))
+    except (OSError, ValueError, RuntimeError) as e:
+      self._failure = self._not_written(step, e)
+      self._failure.__cause__ = e
+      return
+    try:
+      self._prune()
+    except OSError as e:
+      _LOG.warning("%s: old checkpoints stay: %s", self.folder, e)
+
+  def _not_written(self, step: int, error: Exception) -> errors.CheckpointError:
+    for partial in (
+      self.folder / str(step),
+      *self.folder.glob(f"{step}.*tmp*"),
+    ):
+      shutil.rmtree(partial, ignore_errors=True)
+    return errors.CheckpointError(
+      f"checkpoint of step {step} in {self.folder} could not be written: "
+      f"{error}"
+    )
+
+  def _prune(self) -> None:
+    """Removes what the policy does not keep, and what a crash left."""
+    steps = self.steps()
+    kept = set(steps[-self.config.keep :])
+    if self.config.keep_every:
+      kept |= {s for s in steps if s % self.config.keep_every == 0}
+    for path in self.folder.glob("*"):
+      number, _, rest = path.name.partition(".")
+      unfinished = rest and "tmp" in rest
+      dropped = path.name.isdecimal() and int(number) not in kept
+      if number.isdecimal() and (unfinished or dropped):
+        _remove(path)
+
+  def _choose(self, step: int | None) -> tuple[int, list[int]]:
+    """The newest good checkpoint, and the damaged ones that are newer."""
+    if step is not None:
+      steps = [step] if step in self.steps() else []
+    else:
+      steps = self.steps()
+    wanted = "checkpoint" if step is None else f"checkpoint of step {step}"
+    if not steps:
+      raise errors.CheckpointError(f"there is no {wanted} in {self.folder}")
+    damaged = []
+    for found in reversed(steps):
+      faults = manifest.faults(self.folder / str(found))
+      if not faults:
+        if damaged:
+          _LOG.error(
+            "FALLING BACK to the checkpoint of step %d: what was trained in "
+            "steps %d to %d is trained again",
+            found,
+            found + 1,
+            damaged[0],
+          )
+        return found, damaged
+      damaged.append(found)
+      _LOG.error(
+        "DAMAGED checkpoint of step %d in %s: %s",
+        found,
+        self.folder,
+        "; ".join(faults),
+      )
+    raise errors.CheckpointError(
+      f"no {wanted} in {self.folder} is good; damaged: "
+      f"{', '.join(map(str, damaged))}"
+    )
 
   def _read(
-    self, step: int | None, **items: Mapping[str, jax.Array]
+    self, step: int, **items: Mapping[str, jax.Array]
   ) -> Mapping[str, Any]:
     """The named items and the host values, shaped and placed as given."""
-    step = self.latest_step if step is None else step
-    if step is None:
-      raise errors.CheckpointError(f"there is no checkpoint in {self.folder}")
+    path = self.folder / str(step)
     where = f"checkpoint of step {step} in {self.folder}"
     try:
       # Orbax reads all arrays at once, and when one does not fit it leaves the
       # others' reads running: what does not fit is found before any is read.
-      stored = self._manager.item_metadata(step)
+      stored = self._orbax.metadata(path).item_metadata
       for item, template in items.items():
         _check_fits(where, item, stored[item], template)
-      return self._manager.restore(
-        step,
+      return self._orbax.restore(
+        path,
         args=ocp.args.Composite(
           host=ocp.args.JsonRestore(),
           **{
@@ -182,6 +319,12 @@ class Checkpointer:
       )
     except (OSError, ValueError, KeyError, TypeError) as e:
       raise errors.CheckpointError(f"{where} could not be read: {e}") from e
+
+
+def _remove(path: pathlib.Path) -> None:
+  """Deletes a checkpoint; on the way it does not count as complete."""
+  (path / manifest.NAME).unlink(missing_ok=True)
+  shutil.rmtree(path)
 
 
 def _check_fits(

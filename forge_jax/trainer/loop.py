@@ -1,5 +1,9 @@
 """The trainer's loop: take, step, publish, evaluate, commit, checkpoint.
 
+A request to stop ends in a checkpoint. It is seen at once while the loop waits;
+within a step before its first update, which gives the step up; else when the
+step is done. What was given up trains after the restart.
+
 The order within a step matters: weights are published, and an evaluation with
 them is over, before the step is committed, because the commit lets the
 rollout host begin groups that must be sampled from these weights.
@@ -25,7 +29,7 @@ class Interrupted(Exception):
 
 
 class StopSignal:
-  """A request to stop, by Ctrl-C or SIGTERM, seen between two steps.
+  """A request to stop, by Ctrl-C or SIGTERM.
 
   Entered on the main thread. While the trainer computes, the request only sets
   `requested`; while it waits inside `interruptible`, the wait ends at once. A
@@ -51,18 +55,24 @@ class StopSignal:
     """Where a stop request raises Interrupted."""
     self._waiting = True
     try:
-      if self.requested:
-        raise Interrupted
+      self.check()
       yield
     finally:
       self._waiting = False
+
+  def check(self) -> None:
+    """Raises Interrupted if a stop is requested."""
+    if self.requested:
+      raise Interrupted
 
   def _handle(self, number, frame):
     del frame
     if self.requested and number == signal.SIGINT:
       raise KeyboardInterrupt
     self.requested = True
-    logging.warning("%s: stopping after this step", signal.Signals(number).name)
+    logging.warning(
+      "%s: stopping with a checkpoint", signal.Signals(number).name
+    )
     if self._waiting:
       raise Interrupted
 
@@ -95,16 +105,16 @@ def train(
     evaluate: called after each step with the step number.
     record: called after each step with its number and metrics.
   """
-  saved = checkpointer.latest_step
+  saved = trainer.step if checkpointer.latest_step is not None else None
   while trainer.step < steps and not stop.requested:
     started = time.perf_counter()
     try:
       with stop.interruptible():
         groups = queue.take(trainer.config.groups_per_step)
+      taken = time.perf_counter()
+      metrics = dict(trainer.take_step(groups, give_up=stop.check))
     except Interrupted:
       break
-    taken = time.perf_counter()
-    metrics = dict(trainer.take_step(groups))
     trained = time.perf_counter()
     publish(trainer.weights())
     metrics[names.TIME_ROLLOUT_WAIT] = taken - started
@@ -118,6 +128,7 @@ def train(
       saved = trainer.step
   if saved != trainer.step:
     save(trainer, queue, checkpointer, seed)
+  checkpointer.wait()
 
 
 def save(
@@ -126,7 +137,7 @@ def save(
   checkpointer: checkpoint_lib.Checkpointer,
   seed: int,
 ) -> None:
-  """Checkpoints the trainer's state with the pool's cursor and the seed."""
+  """Begins a checkpoint of the trainer's state, the pool's cursor, the seed."""
   host = {"step": trainer.step, "seed": seed, "queue": queue.state()}
   checkpointer.save(trainer.step, trainer.state, host)
 

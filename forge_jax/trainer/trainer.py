@@ -8,7 +8,7 @@ Invariants:
     one's buffers are gone: published weights must be copies.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import logging
 import time
@@ -75,11 +75,18 @@ class Trainer:
     """Continues from a checkpoint."""
     self.step, self.state = step, state
 
-  def take_step(self, groups: Sequence[types.Group]) -> dict[str, Any]:
+  def take_step(
+    self,
+    groups: Sequence[types.Group],
+    *,
+    give_up: Callable[[], None] = lambda: None,
+  ) -> dict[str, Any]:
     """One trainer step.
 
     Args:
       groups: `groups_per_step` groups.
+      give_up: called while nothing of the state has changed; what it raises
+        ends the step, and the trainer is as before.
 
     Returns:
       Metrics by name; values may still be computing on the device.
@@ -104,15 +111,13 @@ class Trainer:
       data_seconds += time.perf_counter() - started
       if not samples:
         continue  # every advantage is 0: there is no gradient
-      gradient = self._updater.zero_gradient(self.state)
-      # Only the first update starts from the weights of version `step`.
-      version = self.step if i == 0 else _UNPUBLISHED
-      for batch in batches:
-        self._note_shape(batch)
-        gradient, new = self._updater.accumulate(
-          self.state, gradient, batch, version
-        )
-        sums = new if sums is None else update.merge_sums(sums, new)
+      gradient, new = self._accumulate(
+        batches,
+        # Only the first update starts from the weights of version `step`.
+        self.step if i == 0 else _UNPUBLISHED,
+        give_up if not norms else lambda: None,
+      )
+      sums = new if sums is None else update.merge_sums(sums, new)
       self.state, norm = self._updater.apply(self.state, gradient)
       norms.append(norm)
     # The host's figures are made while the device still computes.
@@ -125,6 +130,26 @@ class Trainer:
     metrics[names.TIME_DATA] = data_seconds
     self.step += 1
     return metrics
+
+  def _accumulate(
+    self,
+    batches: Sequence[types.PackedBatch],
+    version: int,
+    give_up: Callable[[], None],
+  ) -> tuple[Any, dict[str, Any]]:
+    """The gradient of an update and its sums, over all device batches."""
+    gradient, sums = self._updater.zero_gradient(self.state), None
+    for batch in batches:
+      self._note_shape(batch)
+      give_up()
+      before = sums
+      gradient, new = self._updater.accumulate(
+        self.state, gradient, batch, version
+      )
+      sums = new if sums is None else update.merge_sums(sums, new)
+      # At most two batches are on their way, so that giving up is soon over.
+      jax.block_until_ready(before)
+    return gradient, sums
 
   def _note_shape(self, batch: types.PackedBatch) -> None:
     edges, rows = batch.edge_token_BE.shape[1], batch.row_edge_BM.shape[1]

@@ -160,3 +160,36 @@ def test_a_step_without_a_gradient_still_has_figures():
   assert len(tree) == 11
   assert np.isfinite(list(tree.values())).all()
   assert tree[names.TREE_REQUEST_TOKENS] == tree[names.TREE_COLLAPSED] == 0
+
+
+class Stopped(Exception):
+  pass
+
+
+def test_a_step_may_be_given_up_until_its_first_update():
+  _, one = make()
+  before = jax.tree.map(np.array, one.state)
+  calls = []
+
+  def count():
+    calls.append(None)
+
+  def stop():
+    raise Stopped
+
+  with pytest.raises(Stopped):
+    one.take_step(groups(), give_up=stop)
+  assert one.step == 0
+  for a, b in zip(
+    jax.tree.leaves(before), jax.tree.leaves(one.state), strict=True
+  ):
+    np.testing.assert_array_equal(a, b)
+  one.take_step(groups(), give_up=count)
+  # Each of the two updates has one batch; the second is not given up.
+  assert one.step == 1 and len(calls) == 1
+  _, other = make()
+  other.take_step(groups())
+  for a, b in zip(
+    jax.tree.leaves(other.state), jax.tree.leaves(one.state), strict=True
+  ):
+    np.testing.assert_array_equal(a, b)
