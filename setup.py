@@ -34,6 +34,7 @@ BASE = [
   "ml-collections>=1.0",
   "numpy>=2.0",
   "openai>=3.0",
+  "orjson>=3.10",
   "prometheus-client>=0.20",
   "renderers>=0.1.12",
   "rich>=13",
@@ -56,6 +57,7 @@ TEST = [
   "pytest>=8.4",
   "pytest-asyncio>=1.0",
   "ruff>=0.14",
+  "schemathesis>=4.0",
 ]
 WANDB = ["wandb"]
 

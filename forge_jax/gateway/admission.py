@@ -4,8 +4,10 @@ Invariants:
   1. At most `limit` permits are held at a time.
   2. Requests of one session wait in order; a permit that comes free goes to the
      waiting sessions in turn, so that no session starves another.
-  3. A request that finds `most_waiting` others waiting is refused at once, with
-     the time after which it may be tried again.
+  3. At most `most_waiting` requests wait. When one more comes, one is refused at
+     once, with the time after which it may be tried again: the newest of the
+     session that would have the most waiting, so that no session fills the
+     queue for all.
 """
 
 import asyncio
@@ -53,15 +55,31 @@ class Admission:
       self._mean_seconds += _SMOOTHING * (seconds - self._mean_seconds)
       self._pass_on()
 
+  def check(self, session: str) -> None:
+    """Refuses a request that would find neither a permit nor room to wait.
+
+    Raises:
+      Refusal: too many requests wait; status 429.
+    """
+    if self.running < self._limit or self.waiting < self._most_waiting:
+      return
+    waiting = len(self._queues.get(session, ()))
+    if max(map(len, self._queues.values()), default=0) <= waiting + 1:
+      raise self._refusal()
+
+  def _refusal(self) -> refusal.Refusal:
+    backlog = self._mean_seconds * self.waiting / self._limit
+    return refusal.Refusal(
+      f"{self.waiting} requests are waiting; try again later",
+      status=429,
+      code="rate_limit_exceeded",
+      retry_after=max(_SHORTEST_RETRY, backlog),
+    )
+
   async def _wait(self, session: str) -> None:
+    self.check(session)
     if self.waiting >= self._most_waiting:
-      backlog = self._mean_seconds * self.waiting / self._limit
-      raise refusal.Refusal(
-        f"{self.waiting} requests are waiting; try again later",
-        status=429,
-        code="rate_limit_exceeded",
-        retry_after=max(_SHORTEST_RETRY, backlog),
-      )
+      self._make_room()
     turn = asyncio.get_running_loop().create_future()
     self._queues.setdefault(session, collections.deque()).append(turn)
     self.waiting += 1
@@ -73,6 +91,12 @@ class Admission:
       else:  # the permit had come before the client went away
         self._pass_on()
       raise
+
+  def _make_room(self) -> None:
+    """Refuses the newest request of the session that has the most waiting."""
+    turn = max(self._queues.values(), key=len).pop()  # it has others
+    self.waiting -= 1
+    turn.set_exception(self._refusal())
 
   def _leave(self, session: str, turn: asyncio.Future[None]) -> None:
     queue = self._queues[session]

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 import dataclasses
+import ssl
 from typing import Any
 import urllib.parse
 
@@ -15,18 +16,26 @@ from forge_jax.gateway import wire
 class SessionKeys:
   """What an agent needs to reach its session."""
 
-  api_key: str
+  api_key: str = dataclasses.field(repr=False)
   base_url: str  # ends in "/v1"
-  control_key: str  # what a scorer needs: it rewards and closes the session
+  # What a scorer needs: it rewards and closes the session.
+  control_key: str = dataclasses.field(repr=False)
 
 
 class GatewayClient:
   """Opens, scores and closes sessions; used from one asyncio loop."""
 
-  def __init__(self, url: str, admin_token: str):
-    """Connects lazily to the gateway at `url`, such as http://host:port."""
+  def __init__(self, url: str, admin_token: str, *, ca_file: str | None = None):
+    """Connects lazily.
+
+    Args:
+      url: of the gateway, such as http://127.0.0.1:8080.
+      admin_token: the gateway's.
+      ca_file: PEM file of the authority behind the gateway's certificate.
+    """
     self._url = url.rstrip("/")
     self._token = admin_token
+    self._ca_file = ca_file
     self._http: aiohttp.ClientSession | None = None
 
   async def open_session(
@@ -88,12 +97,17 @@ class GatewayClient:
       await self._http.close()
       self._http = None
 
+  def _trust(self) -> ssl.SSLContext | bool:
+    if self._ca_file is None:
+      return True
+    return ssl.create_default_context(cafile=self._ca_file)
+
   async def _call(
     self, method: str, path: str, body: Mapping[str, Any] | None = None
   ) -> Mapping[str, Any]:
     if self._http is None:
       self._http = aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0),
+        connector=aiohttp.TCPConnector(limit=0, ssl=self._trust()),
         headers={"Authorization": f"Bearer {self._token}"},
       )
     try:

@@ -1,17 +1,28 @@
 """Reading requests, and giving every failure its status and its JSON."""
 
 from collections.abc import Awaitable, Callable, Mapping
-import json
 import logging
 import math
 from typing import Any
 
 from aiohttp import web
+import orjson
 
 from forge_jax import errors
 from forge_jax.gateway import refusal
 
 _log = logging.getLogger(__name__)
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+  record.exc_info = record.exc_text = None
+  return True
+
+
+# What the HTTP server itself says of connections. Why a request could not be
+# parsed is told its sender, not the log: it quotes headers, keys among them.
+connections_log = logging.getLogger(f"{__name__}.connections")
+connections_log.addFilter(_without_traceback)
 
 # The HTTP status and the JSON of a failed request, in a protocol's shape.
 ErrorShape = Callable[[BaseException], tuple[int, Mapping[str, Any]]]
@@ -22,16 +33,17 @@ async def read_json(request: web.Request) -> Any:
   """The JSON of a request's body.
 
   Raises:
-    Refusal: it is not JSON, or holds what is no text.
+    Refusal: it is not JSON, or holds what is no text, or is not encoded as its
+      headers say.
   """
-  body = await request.read()
   try:
-    value = json.loads(body)
-    if b"\\ud" in body.lower():  # escapes can spell what is no text
-      json.dumps(value, ensure_ascii=False).encode()
-  except (ValueError, RecursionError) as error:
+    body = await request.read()
+  except web.RequestPayloadError as error:
+    raise refusal.Refusal(f"the body cannot be read: {error}") from error
+  try:
+    return orjson.loads(body)  # which takes text in UTF-8 only
+  except orjson.JSONDecodeError as error:
     raise refusal.Refusal(f"the body is not JSON: {error}") from error
-  return value
 
 
 def bearer(request: web.Request) -> str:

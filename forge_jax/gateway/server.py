@@ -79,7 +79,8 @@ class GatewayConfig:
   model_name: str = "policy"  # what GET /v1/models lists
   renderer: str = "auto"  # see render.Renderer
   template_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-  admin_token: str | None = None  # None: a random one
+  # None: a random one.
+  admin_token: str | None = dataclasses.field(default=None, repr=False)
   max_body_bytes: int = 64 * 2**20
   max_running: int = 1024  # completion requests at a time
   max_waiting: int = 4096  # behind them
@@ -140,7 +141,10 @@ class Gateway:
       GatewayError: the port is in use or the address cannot be bound.
     """
     runner = web.AppRunner(
-      self._app(), access_log=None, handler_cancellation=True
+      self._app(),
+      access_log=None,
+      handler_cancellation=True,
+      logger=http.connections_log,
     )
     await runner.setup()
     host, port = self._config.host, self._config.port

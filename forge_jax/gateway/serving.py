@@ -1,7 +1,8 @@
 """One request, from its JSON to its reply, in any dialect.
 
 The choices of a request are sampled at the same time. A client that goes away
-aborts them; what was sampled until then is kept (see `generation`).
+aborts them, and so does one that stops reading; what was sampled until then is
+kept (see `generation`).
 """
 
 import asyncio
@@ -27,6 +28,8 @@ from forge_jax.gateway.dialects import base
 _log = logging.getLogger(__name__)
 
 _Deltas = AsyncIterator[tuple[int, generation.Delta]]
+_STALL_SECONDS = 30.0  # a client that reads nothing for so long has gone
+_MOST_UNSENT = 64  # deltas of several choices that wait to be sent
 
 
 class Service:
@@ -56,6 +59,7 @@ class Service:
     Raises:
       ForgeError: it is refused, or fails before its first token.
     """
+    self._gate.check(session.id)  # before the body is read
     asked = dialect.parse(await http.read_json(request), session)
     choices: list[generation.Generation] = []
     started = time.monotonic()
@@ -101,19 +105,32 @@ async def _stream(
     await response.prepare(request)
     try:
       if text := events.delta(*first):
-        await response.write(text.encode())
+        await _write(request, response, text)
       async for choice, delta in deltas:
         if text := events.delta(choice, delta):
-          await response.write(text.encode())
-      await response.write(events.end().encode())
+          await _write(request, response, text)
+      await _write(request, response, events.end())
     except ConnectionResetError:
       raise
     except Exception as error:  # the boundary of a request that has begun
       if not isinstance(error, errors.ForgeError):
         _log.exception("a streamed request failed")
-      await response.write(events.fail(error).encode())
+      await _write(request, response, events.fail(error))
   await response.write_eof()
   return response
+
+
+async def _write(
+  request: web.Request, response: web.StreamResponse, text: str
+) -> None:
+  """Sends a part of a stream."""
+  try:
+    async with asyncio.timeout(_STALL_SECONDS):
+      await response.write(text.encode())
+  except TimeoutError as error:
+    if request.transport is not None:
+      request.transport.abort()
+    raise ConnectionResetError("the client has stopped reading") from error
 
 
 async def _deltas(
@@ -126,17 +143,17 @@ async def _deltas(
         yield 0, delta
     return
   arrived: asyncio.Queue[tuple[int, generation.Delta | Exception | None]] = (
-    asyncio.Queue()
+    asyncio.Queue(_MOST_UNSENT)
   )
 
   async def sample(number: int) -> None:
     end = None
     try:
       async for delta in choices[number].deltas(incremental):
-        arrived.put_nowait((number, delta))
+        await arrived.put((number, delta))
     except Exception as error:  # raised again by whoever reads
       end = error
-    arrived.put_nowait((number, end))
+    await arrived.put((number, end))
 
   tasks = [asyncio.create_task(sample(n)) for n in range(len(choices))]
   try:

@@ -20,14 +20,16 @@ import secrets
 from forge_jax.engine import api
 from forge_jax.gateway import refusal, sessions
 
+_NO_DIGEST = bytes(hashlib.sha256().digest_size)  # no key has it
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Opened:
   """A session that was opened, and its keys."""
 
   session: sessions.Session
-  api_key: str
-  control_key: str
+  api_key: str = dataclasses.field(repr=False)
+  control_key: str = dataclasses.field(repr=False)
 
 
 class SessionTable:
@@ -87,7 +89,7 @@ class SessionTable:
 
   def controls(self, control_key: str, id: str) -> bool:
     """Whether a key is the control key of the open session of a name."""
-    _, digest = self._keys.get(id, (b"", b""))
+    _, digest = self._keys.get(id, (_NO_DIGEST, _NO_DIGEST))
     return hmac.compare_digest(key_digest(control_key), digest)
 
   async def close(self, session: sessions.Session) -> None:

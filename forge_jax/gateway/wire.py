@@ -73,12 +73,14 @@ def reward_to_json(reward: types.Reward) -> dict[str, Any]:
   }
 
 
-def reward_from_json(value: Mapping[str, Any]) -> types.Reward:
+def reward_from_json(value: Any) -> types.Reward:
   """The inverse of `reward_to_json`; `step` may be absent.
 
   Raises:
     ValueError: a field is missing, unknown or of the wrong type.
   """
+  if not isinstance(value, dict):
+    raise ValueError(f"a reward is an object, not {value!r:.80}")
   unknown = set(value) - {"name", "component", "value", "step"}
   if unknown:
     raise ValueError(f"a reward has no field {sorted(unknown)[0]!r}")

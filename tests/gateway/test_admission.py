@@ -64,6 +64,30 @@ async def test_too_many_are_turned_away_with_a_time():
   await asyncio.gather(*tasks)
 
 
+async def test_no_session_fills_the_queue_for_all():
+  gate = admission.Admission(1, 3)
+  crowd = Crowd(gate)
+  tasks = {}
+  for name in ("a0", "a1", "a2", "a3"):
+    tasks[name] = crowd.come("a", name)
+    await settle()
+  tasks["b0"] = crowd.come("b", "b0")
+  await settle()
+  with pytest.raises(refusal.Refusal) as caught:
+    await tasks.pop("a3")
+  assert caught.value.status == 429
+  for session in "ab":  # now the one has two waiting and the other one
+    with pytest.raises(refusal.Refusal):
+      gate.check(session)
+    with pytest.raises(refusal.Refusal):
+      await crowd.come(session, "more")
+  gate.check("c")
+  for event in crowd.leave.values():
+    event.set()
+  await asyncio.gather(*tasks.values())
+  assert gate.running == gate.waiting == 0
+
+
 @pytest.mark.parametrize("late", [False, True])
 async def test_whoever_goes_away_leaves_no_permit_behind(late):
   gate = admission.Admission(1, 10)

@@ -1,8 +1,12 @@
 """Figures, and what happens when more is asked than can be served."""
 
 import asyncio
+import json
 
 from prometheus_client import parser
+
+from forge_jax import types
+from forge_jax.gateway import serving
 
 
 def user(text):
@@ -76,3 +80,29 @@ async def test_too_many_requests_are_told_when_to_come_back(start, smollm2):
   assert [status for status, _ in await asyncio.gather(*tasks)] == [200, 200]
   figures = await scrape(h)
   assert figures["running",] == figures["waiting",] == 0
+
+
+async def test_a_client_that_stops_reading_holds_nothing(
+  start, smollm2, monkeypatch
+):
+  monkeypatch.setattr(serving, "_STALL_SECONDS", 0.2)
+  h = await start(smollm2, max_running=1, max_context=2**20)
+  keys = await h.open()
+  # More events than the sockets' buffers hold.
+  h.say("word " * 100_000, "next")
+  body = json.dumps(
+    {"model": "m", "messages": [user("?")], "stream": True, "logprobs": True}
+  ).encode()
+  host, port = h.gateway.url.removeprefix("http://").split(":")
+  _, writer = await asyncio.open_connection(host, port, limit=1)
+  head = (
+    f"POST /s/{keys.api_key}/v1/chat/completions HTTP/1.1\r\nHost: g\r\n"
+    f"Content-Length: {len(body)}\r\n\r\n"
+  )
+  writer.write(head.encode() + body)
+  reply = await h.chat(keys, [user("?")])
+  assert reply["choices"][0]["message"]["content"] == "next"
+  completions, _ = await h.admin.close_session("s")
+  assert len(completions) == 2
+  assert completions[0].stop_reason == types.StopReason.STOP
+  writer.close()

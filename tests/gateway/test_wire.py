@@ -98,3 +98,9 @@ def test_rewards():
 def test_a_reward_that_is_none(change, message):
   with pytest.raises(ValueError, match=message):
     wire.reward_from_json({"name": "won", "value": 1, **change})
+
+
+@pytest.mark.parametrize("value", [None, [], "won", 1])
+def test_a_reward_is_an_object(value):
+  with pytest.raises(ValueError, match="an object"):
+    wire.reward_from_json(value)
