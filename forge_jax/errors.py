@@ -45,3 +45,7 @@ class PoolError(ForgeError):
 
 class SampleError(ForgeError):
   """A training sample that is not well-formed; the message names it."""
+
+
+class SandboxError(ForgeError):
+  """A sandbox that this machine cannot make, or that cannot be used."""

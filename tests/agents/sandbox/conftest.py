@@ -1,0 +1,62 @@
+"""Sandboxes to test, and ways to look at what they leave behind."""
+
+import asyncio
+import contextlib
+import os
+import pathlib
+
+import pytest
+import pytest_asyncio
+
+from forge_jax import errors
+from forge_jax.agents.sandbox import bubblewrap
+
+PROBES = pathlib.Path(__file__).parent / "probes"
+
+
+@pytest_asyncio.fixture
+async def open_box():
+  """Opens sandboxes of the kernel; skips the test where there can be none."""
+  async with contextlib.AsyncExitStack() as stack:
+
+    async def _open(limits=None, *, gateway=None, **config):
+      try:
+        backend = bubblewrap.Bubblewrap(bubblewrap.BubblewrapConfig(**config))
+        opened = await backend.open(limits, gateway=gateway)
+      except errors.SandboxError as error:
+        if "REQUIRE_SANDBOX" in os.environ:
+          raise
+        pytest.skip(str(error))
+      return await stack.enter_async_context(opened)
+
+    yield _open
+
+
+@pytest.fixture
+def probe_files():
+  """The probes, by file name."""
+  return {path.name: path.read_bytes() for path in PROBES.glob("*.py")}
+
+
+def processes_with(mark):
+  """Ids of the machine's processes with a word in their command lines."""
+  found = []
+  for path in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
+    with contextlib.suppress(OSError):
+      if mark.encode() in path.read_bytes():
+        found.append(int(path.parent.name))
+  return found
+
+
+@pytest.fixture
+def none_left():
+  """Waits until no process has a word in its command line."""
+
+  async def wait(mark):
+    for _ in range(500):
+      if not processes_with(mark):
+        return
+      await asyncio.sleep(0.01)
+    raise AssertionError(f"left: {processes_with(mark)}")
+
+  return wait
