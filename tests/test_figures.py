@@ -5,20 +5,22 @@ import xml.etree.ElementTree as ElementTree
 import numpy as np
 import pytest
 
-from experiments.figures import prefix_tree
+from experiments.figures import drawing, prefix_tree, windowed_fifo
+
+PICTURES = prefix_tree.PICTURES | windowed_fifo.PICTURES
 
 
-@pytest.mark.parametrize("name", prefix_tree.PICTURES)
+@pytest.mark.parametrize("name", PICTURES)
 def test_a_picture_is_drawn_alike_every_time(name):
-  draw = prefix_tree.PICTURES[name]
-  text = prefix_tree.svg(name, draw())
-  assert text == prefix_tree.svg(name, draw())
+  draw = PICTURES[name]
+  text = drawing.svg(name, draw())
+  assert text == drawing.svg(name, draw())
   assert ElementTree.fromstring(text).tag.endswith("svg")
   assert "DejaVu" not in text
 
 
 def test_the_rows_and_the_tree_are_counted():
-  text = prefix_tree.svg("merge", prefix_tree.merge_picture())
+  text = drawing.svg("merge", prefix_tree.merge_picture())
   # Prompts of 9, responses, observations of 3 and a summary of 4: requests of
   # 12, 18, 24, 12, 18 and 16. Merged: 9, then 15, 9 and 7.
   assert "6 requests, 100 tokens" in text
@@ -26,7 +28,7 @@ def test_the_rows_and_the_tree_are_counted():
 
 
 def test_the_mask_counts_blocks_and_pairs():
-  text = prefix_tree.svg("mask", prefix_tree.mask_picture())
+  text = drawing.svg("mask", prefix_tree.mask_picture())
   # A prompt of 21 tokens, then four branches of 23; each sees its own past.
   pairs = 21 * 22 // 2 + 4 * sum(range(22, 45))
   assert f"113 tokens: 75 of 120 causal blocks visited, {pairs} pairs" in text
@@ -51,3 +53,21 @@ def test_savings_are_those_of_a_count_by_hand():
   assert prefix_tree.savings("header", 5) == (1.0, 1.0)
   by_request, by_trajectory = prefix_tree.savings("strip", 5)
   assert by_request == by_trajectory > 4
+
+
+def test_the_window_is_drawn_as_the_scheduler_moves_it():
+  frames = windowed_fifo.rule_frames()
+  assert [frame.head for frame in frames] == [0, 0, 4, 7]
+  worst = frames[-1]
+  assert [i for i, s in enumerate(worst.status) if s == worst.status[0]] == [
+    i for i in range(11) if i != 7
+  ]
+  assert worst.status[11:15] == (windowed_fifo.BLOCKED,) * 4
+
+
+def test_the_lags_drawn_are_all_the_lags():
+  lag = {"fifo": np.array([0, 5, 9]), "greedy": np.array([0, 30])}
+  values = {name: np.linspace(0, 1, 4) for name in lag}
+  picture = windowed_fifo.simulated(values, lag, step=10)
+  stairs = picture.axes[1].patches
+  assert [sum(one.get_data().values) for one in stairs] == [1, 1]

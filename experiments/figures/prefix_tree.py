@@ -12,27 +12,19 @@ The forests come from `tree.merge`, the visited blocks from `tree.layout`.
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
-import io
-import pathlib
-import re
 
-from absl import app, flags
-import matplotlib as mpl
+from absl import app
 from matplotlib import axes, collections, figure, patches
 import numpy as np
 
+from experiments.figures import drawing
 from forge_jax import types
 from forge_jax.tree import layout, merge
 
-_FOLDER = flags.DEFINE_string("folder", "docs/images", "where they go")
-
-INK, MUTED, LINE = "#1f2328", "#667085", "#d0d5dd"
 PROMPT, OBSERVATION, RESPONSE = "#b8c4d6", "#f2c94c", "#2f9e78"
-SERIES = ("#2f6fde", "#d9730d", "#0f9d76", "#8a5cd6")
 # The kind of a token can be read off its id.
 KIND = 1000
 KINDS = (PROMPT, OBSERVATION, RESPONSE)
-FONT = "system-ui, -apple-system, 'Segoe UI', sans-serif"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,13 +75,14 @@ def merge_picture() -> figure.Figure:
   requests = group(2, 3, sizes, compact=True)
   tree = merge.merge([request.tokens for request in requests])
   total = sum(len(request.tokens) for request in requests)
-  canvas = figure.Figure((7.4, 4.1), facecolor="white", layout="constrained")
+  canvas = drawing.canvas(7.4, 4.1)
   rows, merged = canvas.subplots(2, 1, height_ratios=[7, 4.4])
   _draw_rows(rows, requests)
-  rows.set_title(f"{len(requests)} requests, {total} tokens", **_title())
+  rows.set_title(f"{len(requests)} requests, {total} tokens", **drawing.title())
   lanes = _draw_tree(merged, tree, requests)
   merged.set_title(
-    f"merged: {len(tree.tokens_T)} tokens, each computed once", **_title()
+    f"merged: {len(tree.tokens_T)} tokens, each computed once",
+    **drawing.title(),
   )
   width = max(len(request.tokens) for request in requests)
   for ax, height in ((rows, len(requests)), (merged, lanes)):
@@ -101,7 +94,7 @@ def merge_picture() -> figure.Figure:
     for color, name in zip(KINDS, names, strict=True)
   ]
   handles.append(
-    patches.Patch(facecolor="white", edgecolor=INK, label="trained")
+    patches.Patch(facecolor="white", edgecolor=drawing.INK, label="trained")
   )
   canvas.legend(
     handles=handles,
@@ -109,17 +102,9 @@ def merge_picture() -> figure.Figure:
     ncols=4,
     frameon=False,
     fontsize=8.5,
-    labelcolor=INK,
+    labelcolor=drawing.INK,
   )
   return canvas
-
-
-def _title() -> dict[str, object]:
-  return {"loc": "left", "fontsize": 9.5, "color": INK}
-
-
-def _label() -> dict[str, object]:
-  return {"fontsize": 8.5, "color": MUTED}
 
 
 def _cell(
@@ -138,7 +123,12 @@ def _cell(
   if trained:
     ax.add_patch(
       patches.Rectangle(
-        (x - 0.42, y - 0.42), 0.84, 0.84, fill=False, ec=INK, linewidth=1.1
+        (x - 0.42, y - 0.42),
+        0.84,
+        0.84,
+        fill=False,
+        ec=drawing.INK,
+        linewidth=1.1,
       )
     )
 
@@ -159,7 +149,7 @@ def _draw_rows(ax: axes.Axes, requests: Sequence[Request]) -> None:
       request.name,
       ha="right",
       va="center",
-      **_label(),
+      **drawing.label(),
     )
 
 
@@ -178,13 +168,15 @@ def _draw_tree(
       lanes += 1
       lane[i] = lanes
       x, y = depth - 0.5, lane[parent]
-      ax.plot([x, x, x + 0.1], [y, lanes, lanes], color=INK, linewidth=1.4)
+      ax.plot(
+        [x, x, x + 0.1], [y, lanes, lanes], color=drawing.INK, linewidth=1.4
+      )
     _cell(ax, depth, lane[i], token, trained=token in trained, seen=False)
   for y in range(lanes + 1):
     held = tree.tokens_T[lane == y]
     ends = [r.name for r in requests if r.tokens[-1] in held]
     x = tree.position_T[lane == y].max() + 0.8
-    ax.text(x, y, ", ".join(ends), va="center", **_label())
+    ax.text(x, y, ", ".join(ends), va="center", **drawing.label())
   return lanes + 1
 
 
@@ -204,14 +196,16 @@ def mask_picture(block: int = 8) -> figure.Figure:
     for query in range(size // block)
     for key in keys[starts[query] : starts[query + 1]]
   ]
-  canvas = figure.Figure((5.4, 5.0), facecolor="white", layout="constrained")
+  canvas = drawing.canvas(5.4, 5.0)
   ax = canvas.subplots()
   boxes = [(key * block, query * block, block, block) for query, key in visited]
   _fill(ax, boxes, ["#dbe7fb"], edge="white")
   index = np.arange(tokens)
   # The queries that see a key are one interval.
   columns = zip(index, index, tree.subtree_end_T - index, strict=True)
-  _fill(ax, [(x, y, 1, height) for x, y, height in columns], [SERIES[0]])
+  _fill(
+    ax, [(x, y, 1, height) for x, y, height in columns], [drawing.SERIES[0]]
+  )
   kinds = [KINDS[token // KIND] for token in tree.tokens_T]
   _fill(ax, [(i, -3, 1, 2) for i in index], kinds)
   _fill(ax, [(-3, i, 2, 1) for i in index], kinds)
@@ -221,7 +215,7 @@ def mask_picture(block: int = 8) -> figure.Figure:
   ax.set_title(
     f"{tokens} tokens: {len(visited)} of {causal} causal blocks visited, "
     f"{pairs} pairs visible",
-    **_title(),
+    **drawing.title(),
   )
   return canvas
 
@@ -242,14 +236,14 @@ def _fill(
 def _style_mask(ax: axes.Axes, size: int, block: int) -> None:
   ax.set(xlim=(-3.5, size + 0.3), ylim=(size + 0.3, -3.5), aspect="equal")
   triangle = [(0, 0), (size, size), (0, size)]
-  ax.add_patch(patches.Polygon(triangle, fill=False, ec=LINE, zorder=0))
+  ax.add_patch(patches.Polygon(triangle, fill=False, ec=drawing.LINE, zorder=0))
   ticks = np.arange(0, size + 1, 2 * block)
   ax.set_xticks(ticks)
   ax.set_yticks(ticks)
-  ax.tick_params(length=0, labelsize=8, labelcolor=MUTED)
+  ax.tick_params(length=0, labelsize=8, labelcolor=drawing.MUTED)
   ax.spines[:].set_visible(False)
-  ax.set_xlabel("key", color=MUTED, fontsize=9)
-  ax.set_ylabel("query", color=MUTED, fontsize=9)
+  ax.set_xlabel("key", color=drawing.MUTED, fontsize=9)
+  ax.set_ylabel("query", color=drawing.MUTED, fontsize=9)
 
 
 def _history(
@@ -308,23 +302,23 @@ def savings(kind: str, turns: int) -> tuple[float, float]:
 def turns_picture() -> figure.Figure:
   """The saving by number of turns, against both ways to do without a tree."""
   turns = (1, 2, 4, 6, 8, 9, 12, 16, 17, 20, 24)
-  canvas = figure.Figure((7.4, 3.4), facecolor="white", layout="constrained")
+  canvas = drawing.canvas(7.4, 3.4)
   sides = canvas.subplots(1, 2)
-  for (kind, label), color in zip(WORKLOADS.items(), SERIES, strict=True):
+  for (kind, label), color in zip(
+    WORKLOADS.items(), drawing.SERIES, strict=True
+  ):
     points = [savings(kind, count) for count in turns]
     for ax, values in zip(sides, zip(*points, strict=True), strict=True):
       ax.plot(turns, values, color=color, marker="o", ms=3, label=label)
   titles = "one request at a time", "one trajectory at a time"
   for ax, title in zip(sides, titles, strict=True):
-    ax.set_title(title, **_title())
+    ax.set_title(title, **drawing.title())
     ax.set(ylim=(0, None), xticks=(1, 4, 8, 12, 16, 20, 24))
-    ax.axhline(1, color=MUTED, linewidth=0.8, linestyle=":")
-    ax.grid(axis="y", color=LINE, linewidth=0.6)
-    ax.spines[["top", "right", "left"]].set_visible(False)
-    ax.spines["bottom"].set_color(LINE)
-    ax.tick_params(length=0, labelsize=8, labelcolor=MUTED)
-    ax.set_xlabel("turns of an episode", color=MUTED, fontsize=9)
-  sides[0].set_ylabel("tokens for one of the tree", color=MUTED, fontsize=9)
+    ax.axhline(1, color=drawing.MUTED, linewidth=0.8, linestyle=":")
+    drawing.plain(ax, "turns of an episode")
+  sides[0].set_ylabel(
+    "tokens for one of the tree", color=drawing.MUTED, fontsize=9
+  )
   handles, labels = sides[0].get_legend_handles_labels()
   canvas.legend(
     handles,
@@ -333,7 +327,7 @@ def turns_picture() -> figure.Figure:
     ncols=2,
     frameon=False,
     fontsize=8.5,
-    labelcolor=INK,
+    labelcolor=drawing.INK,
   )
   return canvas
 
@@ -345,24 +339,11 @@ PICTURES: Mapping[str, Callable[[], figure.Figure]] = {
 }
 
 
-def svg(name: str, canvas: figure.Figure) -> str:
-  """The same text for the same picture, whenever it is drawn."""
-  buffer = io.StringIO()
-  nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
-  with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}):
-    canvas.savefig(buffer, format="svg", metadata=nothing)
-  return re.sub(r"'DejaVu Sans'[^;\"]*", FONT, buffer.getvalue())
-
-
 def main(argv: Sequence[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-  folder = pathlib.Path(_FOLDER.value)
-  folder.mkdir(parents=True, exist_ok=True)
   for name, draw in PICTURES.items():
-    path = folder / f"{name}.svg"
-    path.write_text(svg(name, draw()), encoding="utf-8")
-    print(path)
+    drawing.write(name, draw())
 
 
 if __name__ == "__main__":
