@@ -4,9 +4,10 @@ Invariants:
   1. A group is visible to the trainer only after it is durable.
   2. Every index is handed out by `admit` until its group is stored; none is
      skipped, none is consumed twice within a surviving history.
-  3. A batch is *claimed* by `take` and *committed* by `commit`, oldest first,
-     together with what was dropped on the way to it. A checkpoint holds what
-     was committed: after a crash, what was only claimed is taken again.
+  3. A batch is *claimed* by `take`, together with what was dropped on the way
+     to it, and the claim is durable before the batch is trained. `commit` says
+     that it has been, oldest first, and a checkpoint holds what was committed.
+     After a crash, the steps that were lost take what their claims name.
   4. With max_lag 0, the groups of a step are admitted only after the step
      before it has been committed.
 
@@ -16,7 +17,7 @@ the trainer calls `take` and `commit` on its own thread.
 
 import asyncio
 import collections
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import dataclasses
 import threading
 import time
@@ -24,9 +25,9 @@ from typing import Any
 
 from forge_jax import errors, types
 from forge_jax.pool import progress as progress_lib
+from forge_jax.pool import records, windowed_fifo
 from forge_jax.pool import store as store_lib
 from forge_jax.pool import window as window_lib
-from forge_jax.pool import windowed_fifo
 
 
 class GroupQueue:
@@ -111,20 +112,25 @@ class GroupQueue:
 
     Raises:
       PoolError: the time is up (the next call goes on with what is claimed),
-        the queue is closed, or a stored group is damaged.
+        the queue is closed, a stored group is damaged, or the step's claim of
+        before a restart has another number of groups.
       BaseException: what was passed to `fail`.
     """
     end = None if timeout is None else time.monotonic() + timeout
+    known = self._known_claims.get(self._next_step)
+    if known is not None:
+      return self._take_again(known, count, end)
     while len(self._gathered) < count:
       tickets = self._gather(count, end)
       # Read without the lock: host and other readers go on.
       self._gathered += [(t, self._store.get(t.index)) for t in tickets]
+    batch = sorted(self._gathered[:count])
+    claim = _Claim([t for t, _ in batch], self._dropped)
+    self._store.claim(claim.record(self._next_step))
     with self._changed:
       self._require_alive()
-      batch = sorted(self._gathered[:count])
-      self._gathered = self._gathered[count:]
-      self._claims.append(_Claim([t for t, _ in batch], self._dropped))
-      self._dropped = []
+      self._gathered, self._dropped = self._gathered[count:], []
+      self._claims.append(claim)
     return [group for _, group in batch]
 
   def commit(self, step: int) -> None:
@@ -174,6 +180,9 @@ class GroupQueue:
 
     Stored groups that the checkpoint has not consumed are completed; what is
     neither consumed nor stored is handed out first, ascending.
+
+    Raises:
+      PoolError: the store has no claims of the steps that are trained.
     """
     with self._changed:
       self._trained_steps = state["trained_steps"]
@@ -186,7 +195,15 @@ class GroupQueue:
       return self._figures()
 
   def _begin(self, progress: progress_lib.Progress) -> None:
-    """Forgets what was not committed."""
+    """Forgets what was not committed, but for the claims of the lost steps."""
+    claims = {claim.step: claim for claim in self._store.claims()}
+    if claims.keys() and self._trained_steps > max(claims):
+      raise errors.PoolError(
+        f"{self._trained_steps} steps are trained, and the pool in "
+        f"{self._store.path} has claims up to step {max(claims)} only: it is "
+        "not the pool of this checkpoint, or has lost records"
+      )
+    self._known_claims = claims
     self._progress = progress  # what was committed
     self._claims: collections.deque[_Claim] = collections.deque()
     # For the batch that `take` waits for: what is claimed, what was dropped.
@@ -198,25 +215,57 @@ class GroupQueue:
     )
 
   def _stored_ticket(self, index: int) -> progress_lib.Ticket:
-    group = self._store.get(index)
-    number = index if group.number is None else group.number
-    step = self._trained_steps if group.version is None else group.version
-    return progress_lib.Ticket(index, number, group.attempt, step)
+    info = self._store.info(index)
+    step = self._trained_steps if info.version is None else info.version
+    return progress_lib.Ticket(index, info.number, info.attempt, step)
+
+  @property
+  def _next_step(self) -> int:
+    """The step that the next batch is for."""
+    return self._trained_steps + len(self._claims) + 1
+
+  def _take_again(
+    self, known: records.Claim, count: int, end: float | None
+  ) -> list[types.Group]:
+    """The batch of a step that was claimed before a restart."""
+    if len(known.trained) != count:
+      raise errors.PoolError(
+        f"step {known.step} has claimed {len(known.trained)} groups before; "
+        f"{count} are asked for"
+      )
+    with self._changed:
+      scheduler = self._scheduler
+      self._wait(lambda: scheduler.holds(known.consumed), count, end)
+      trained = [scheduler.consume(index) for index in known.trained]
+      dropped = [
+        (scheduler.consume(index), again)
+        for indices, again in ((known.dropped, False), (known.again, True))
+        for index in indices
+      ]
+      for ticket, again in dropped:
+        scheduler.drop(ticket, again)
+      self._claims.append(_Claim(trained, dropped))
+      self._notify()
+    return [self._store.get(index) for index in known.trained]
+
+  def _wait(
+    self, ready: Callable[[], Any], count: int, end: float | None
+  ) -> None:
+    """Waits with the lock held until something is, or the time is up."""
+    left = None if end is None else max(0.0, end - time.monotonic())
+    in_time = self._changed.wait_for(lambda: ready() or self._failure, left)
+    self._require_alive()
+    if not in_time:
+      raise errors.PoolError(
+        f"no batch of {count} groups in time: "
+        + ", ".join(f"{k} {v}" for k, v in self._figures().items())
+      )
 
   def _gather(self, count: int, end: float | None) -> list[progress_lib.Ticket]:
     """Waits for groups towards a batch of `count`, and claims them."""
     with self._changed:
-      left = None if end is None else max(0.0, end - time.monotonic())
-      in_time = self._changed.wait_for(
-        lambda: self._scheduler.available() or self._failure, left
-      )
-      self._require_alive()
-      if not in_time:
-        raise errors.PoolError(
-          f"no batch of {count} groups in time: "
-          + ", ".join(f"{k} {v}" for k, v in self._figures().items())
-        )
       scheduler = self._scheduler
+      self._wait(scheduler.available, count, end)
       step = self._trained_steps + len(self._claims)
       taken, expired = scheduler.take(
         min(count - len(self._gathered), scheduler.available()), step
@@ -261,6 +310,15 @@ class _Claim:
 
   trained: list[progress_lib.Ticket]
   dropped: list[tuple[progress_lib.Ticket, bool]]  # whether again
+
+  def record(self, step: int) -> records.Claim:
+    """What the store keeps of it."""
+    return records.Claim(
+      step,
+      trained=tuple(ticket.index for ticket in self.trained),
+      dropped=tuple(t.index for t, again in self.dropped if not again),
+      again=tuple(t.index for t, again in self.dropped if again),
+    )
 
 
 def _tokens(group: types.Group) -> int:

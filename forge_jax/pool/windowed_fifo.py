@@ -222,6 +222,23 @@ class WindowedFifo:
         taken.append(ticket)
     return taken, expired
 
+  def holds(self, indices: Iterable[int]) -> bool:
+    """Whether all of the items are completed and not consumed."""
+    return self._completed.issuperset(indices)
+
+  def consume(self, index: int) -> progress_lib.Ticket:
+    """Consumes a completed item that was taken before a restart.
+
+    The rules held when it was taken, and are not asked again. Linear in the
+    number of completed items.
+    """
+    self._completed.remove(index)
+    self._waiting.remove(index)
+    heapq.heapify(self._waiting)
+    self._consumed.add(index)
+    self._available -= index < self._solid + self.width
+    return self._tickets.pop(index)
+
   def lag(self, ticket: progress_lib.Ticket, step: int) -> int:
     """Steps by which an item trained as `step` + 1 is over max_lag, or 0."""
     bound = self.config.max_lag

@@ -11,7 +11,7 @@ import sample_groups
 
 from forge_jax import errors
 from forge_jax.pool import queue as queue_lib
-from forge_jax.pool import store
+from forge_jax.pool import records, store
 from forge_jax.pool import window as window_lib
 
 
@@ -267,7 +267,10 @@ async def test_without_a_checkpoint_all_that_is_stored_trains_again(pool):
   assert await admit(queue, 2) == [6, 7]
   # 8 is beyond the eight groups in flight that head 0 allows.
   await assert_admits_nothing(queue)
-  assert indices(queue.take(6)) == [0, 1, 2, 3, 4, 5]
+  # The very batches of before, although 0 to 5 are all there.
+  assert [indices(queue.take(2)) for _ in range(3)] == [[0, 1], [2, 4], [3, 5]]
+  complete(queue, 6, 7)
+  assert indices(queue.take(3)) == [6, 7, 9]
 
 
 async def test_what_was_taken_and_not_committed_is_not_in_the_state(pool):
@@ -284,7 +287,12 @@ async def test_what_was_taken_and_not_committed_is_not_in_the_state(pool):
   assert state["consumed"] == {"head": 2, "beyond": []}
   again = make_queue(pool)
   again.restore(state)
-  assert indices(again.take(3)) == [2, 3, 4]
+  with pytest.raises(errors.PoolError, match="step 2 has claimed 2 groups"):
+    again.take(3)
+  assert indices(again.take(2)) == [2, 3]
+  assert await admit(again, 1) == [5]
+  complete(again, 5)
+  assert indices(again.take(2)) == [4, 5]
 
 
 async def test_a_group_over_the_version_bound_is_dropped_and_comes_again(pool):
@@ -314,6 +322,46 @@ async def test_a_group_over_the_version_bound_is_dropped_and_comes_again(pool):
   assert state["finished"] == {"head": 6, "beyond": []}
 
 
+async def test_a_claim_is_durable_before_its_batch_is_handed_out(
+  pool, monkeypatch
+):
+  queue = make_queue(pool)
+  await admit(queue, 2)
+  complete(queue, 1, 0)
+  queue.take(2)
+  assert pool.claims() == [records.Claim(1, trained=(0, 1))]
+
+
+async def test_a_batch_with_a_lost_group_waits_for_its_new_attempt(
+  pool, tmp_path
+):
+  queue = make_queue(pool)
+  await admit(queue, 6)
+  complete(queue, 0, 1, 2, 3, 4)
+  for step in (1, 2):
+    queue.take(2)
+    queue.commit(step)
+  pool.index.delete(records.GROUP, [2])  # as `verify --repair` does
+  queue = make_queue(pool)
+  assert indices(queue.take(2)) == [0, 1]
+  with pytest.raises(errors.PoolError, match="no batch of 2"):
+    queue.take(2, timeout=0)
+  assert await admit(queue, 1) == [2]
+  complete(queue, 2)
+  assert indices(queue.take(2, timeout=10)) == [2, 3]
+
+
+async def test_a_checkpoint_of_another_pool_is_refused(pool):
+  queue = make_queue(pool)
+  await admit(queue, 2)
+  complete(queue, 0, 1)
+  queue.take(2)
+  queue.commit(1)
+  state = queue.state() | {"trained_steps": 3}
+  with pytest.raises(errors.PoolError, match=r"3 steps are trained.* step 1"):
+    make_queue(pool).restore(state)
+
+
 class Life:
   """A run that loses everything but its disk and its checkpoint, often."""
 
@@ -328,6 +376,7 @@ class Life:
     }
     self.saved = None
     self.history = []  # the batches of the surviving history
+    self.taken = {}  # batches by step, those of lost steps included
     self.deaths = self.expired = 0
 
   async def live(self):
@@ -348,10 +397,13 @@ class Life:
         continue
       finally:
         self.expired += queue.stats()["expired"]
+      pairs = [(g.index, g.number) for g in batch]
+      # A step that was lost takes the same batch again.
+      assert pairs == self.taken.setdefault(len(self.history) + 1, pairs)
       if self.rng.random() < 0.2:
         self.deaths += 1
         return False
-      self.history.append([(g.index, g.number) for g in batch])
+      self.history.append(pairs)
       queue.commit(len(self.history))
       if self.rng.random() < 0.3:
         self.saved = json.loads(json.dumps(queue.state()))
