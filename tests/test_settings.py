@@ -9,11 +9,15 @@ import pytest
 from forge_jax import errors, settings
 from launch import build
 
-EXPERIMENTS = sorted(
-  path.stem
+FILES = sorted(
+  path
   for path in (pathlib.Path(__file__).parents[1] / "experiments").glob("*.py")
   if path.stem != "__init__"
 )
+# The others are simulations, which `launch` does not run.
+EXPERIMENTS = [
+  path.stem for path in FILES if "def get_config" in path.read_text("utf-8")
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,3 +65,10 @@ def test_every_experiment_loads_and_fits_its_components(name):
   assert "python -m launch" in module.__doc__
   plan = build.Blueprint(module.get_config().to_dict())
   assert plan.steps >= 1 and plan.mixture().task(0).domain in plan.domains
+
+
+def test_whatever_is_no_configuration_says_how_it_is_run():
+  others = [path for path in FILES if path.stem not in EXPERIMENTS]
+  assert EXPERIMENTS and others
+  for path in others:
+    assert f"python -m experiments.{path.stem}" in path.read_text("utf-8")
