@@ -60,7 +60,7 @@ class AdminRoutes:
 
   async def _forest(self, request: web.Request) -> web.Response:
     session = self._session(request)
-    return web.json_response({"id": session.id, "nodes": session.forest()})
+    return web.json_response({"id": session.id, "nodes": session.forest_json()})
 
   async def _reward(self, request: web.Request) -> web.Response:
     session = self._controlled(request)

@@ -34,12 +34,11 @@ class RawPrompts:
     Args:
       prompt: what the client sent.
       text: the reply that the client is given.
-      node: the recorded completion, a sessions.Node.
+      node: the recorded completion, a forest.Node.
     """
     if isinstance(prompt, str):
       self._by_text.add((prompt + text).encode(), (node, text))
-    ids = np.concatenate([node.prompt_ids(), node.response_ids])
-    self._by_ids.add(_bytes(ids), (node, None))
+    self._by_ids.add(_bytes(node.token_ids()), (node, None))
 
   def find(
     self, renderer: render.Renderer, prompt: Prompt

@@ -11,7 +11,7 @@ import pytest
 
 from forge_jax import errors
 from forge_jax.engine import api
-from forge_jax.gateway import sessions
+from forge_jax.gateway import lineages
 from forge_jax.gateway.dialects import anthropic_messages, anthropic_reply
 
 CALL = (
@@ -327,7 +327,7 @@ async def test_a_replay_that_says_something_else_forks(start, smollm2):
     await say(client, False, messages=[user("?"), edited, user("so?")])
   (_, second), _ = await h.admin.close_session("s")
   assert second.parent is None
-  assert second.fork_reason == sessions.REPLY_CHANGED
+  assert second.fork_reason == lineages.REPLY_CHANGED
 
 
 @pytest.mark.parametrize("stream", [False, True])

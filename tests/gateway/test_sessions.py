@@ -5,7 +5,7 @@ import json
 import pytest
 
 from forge_jax import types
-from forge_jax.gateway import refusal, sessions
+from forge_jax.gateway import refusal, sessions, turns
 
 
 class Numbers:
@@ -122,6 +122,104 @@ def test_how_a_client_writes_a_turn_does_not_matter(session):
   assert reasons(session, messages) == (None, "reply")
 
 
+def tool_call(arguments, id):
+  function = {"name": "f", "arguments": arguments}
+  return {"id": id, "type": "function", "function": function}
+
+
+def test_a_turn_that_comes_back_otherwise_keeps_what_follows_it(session):
+  said = assistant("Look.", tool_calls=[tool_call('{"a": 1}', "call_0_0")])
+  done = {"role": "tool", "content": "3", "tool_call_id": "call_0_0"}
+  ask(session, [user("a")], {**said, "reasoning_content": "Hm.\n"})
+  ask(session, [user("a"), said, done], assistant("y"))
+  for number, replay in enumerate(
+    [
+      assistant("", tool_calls=[tool_call('{"a":1.0}', "call_9")]),
+      assistant(" Look.", tool_calls=[tool_call('{"a":1,"b":0}', "call_0_0")]),
+      {**said, "reasoning_content": "Hm."},
+    ]
+  ):
+    messages = [user("a"), replay, done, assistant("y\n"), user("more")]
+    assert reasons(session, messages, reply=assistant(f"z{number}")) == (
+      1,
+      None,
+    )
+  # Each of the three goes on, however its past is written this time.
+  messages = [user("a"), said, done, assistant("y"), user("more")]
+  for number in range(3):
+    again = [*messages, assistant(f"z{number}"), user("go on")]
+    assert reasons(session, again) == (2 + number, None)
+
+
+def test_what_is_extended_is_shown_as_it_was_sampled(session):
+  said = assistant("Look.", tool_calls=[tool_call('{"a": 1}', "call_0_0")])
+  said["reasoning_content"] = "Hm."
+  ask(session, [user("a")], said)
+  seen = []
+
+  class Shown(Numbers):
+    def extend(self, prompt_ids, response_ids, conversation, new, tools):
+      seen.extend(conversation)
+      return super().extend(prompt_ids, response_ids, conversation, new, tools)
+
+  replay = assistant("", tool_calls=[tool_call('{"a":1}', "toolu_1")])
+  ask(session, [user("a"), replay, user("b")], renderer=Shown())
+  assert seen == [user("a"), said]
+
+
+def test_of_equal_replies_the_one_whose_ids_come_back_is_extended(session):
+  for number in range(3):
+    call = tool_call("{}", f"call_{number}_0")
+    ask(session, [user("a")], assistant("", tool_calls=[call]))
+  for number in (1, 0, 2):
+    call = tool_call("{}", f"call_{number}_0")
+    messages = [user("a"), assistant("", tool_calls=[call]), user("b")]
+    assert reasons(session, messages) == (number, None)
+  other = assistant("", tool_calls=[tool_call("{}", "toolu_1")])
+  assert reasons(session, [user("a"), other, user("b")]) == (2, None)
+
+
+def test_a_reply_that_is_left_out_is_a_branch_with_a_reason(session):
+  ask(session, [user("a")], assistant("x"))
+  history = [user("a"), assistant("x"), user("b")]
+  ask(session, history, assistant("malformed"))
+  ask(session, [*history, user("Call a tool!")], assistant("y"))
+  assert session.completions()[2].parent == "s/0"
+  assert session.fork_reasons == {"omitted": 1}
+  history += [user("Call a tool!"), assistant("y"), user("c")]
+  assert reasons(session, history) == (2, None)
+
+
+def test_tools_in_another_order_are_the_same_tools(session):
+  tools = [{"type": "function", "function": {"name": n}} for n in "ab"]
+  ask(session, [user("a")], assistant("x"), tools=tools)
+  history = [user("a"), assistant("x"), user("b")]
+  assert reasons(session, history, tools=tools[::-1]) == (0, None)
+  between = [tools[0], {"type": "function", "function": {"name": "new"}}]
+  grown = [*between, tools[1]]
+  assert reasons(session, history, tools=grown, reply=assistant("y")) == (
+    None,
+    "tools",
+  )
+  history += [assistant("y"), user("c")]
+  assert reasons(session, history, tools=grown) == (2, None)
+
+
+def test_a_search_reads_a_message_once(session, monkeypatch):
+  """Whatever the number of completions, of branches and of turns before."""
+  history = [user("a")]
+  for number in range(100):
+    ask(session, history, assistant(f"x{number}"))
+    history += [assistant(f"x{number}"), user(str(number))]
+  compared = []
+  likeness = turns.likeness
+  monkeypatch.setattr(
+    turns, "likeness", lambda *pair: compared.append(pair) or likeness(*pair)
+  )
+  plan = ask(session, history)
+  assert plan.parent.number == 99 and len(compared) == 100
+
+
 def test_an_undelivered_reply_is_kept_but_not_extended(session):
   ask(session, [user("a")], reply=None)
   plan = ask(session, [user("a"), assistant("x"), user("b")])
@@ -164,7 +262,7 @@ def test_a_closed_session_takes_nothing(session):
 def test_the_forest_adds_up_to_the_prompts(session):
   ask(session, [user("a")], assistant("x"))
   ask(session, [user("a"), assistant("x"), user("bb")], assistant("y"))
-  nodes = {n["id"]: n for n in json.loads(json.dumps(session.forest()))}
+  nodes = {n["id"]: n for n in json.loads(json.dumps(session.forest_json()))}
   ids, name = [], "s/1/prompt"
   while name is not None:
     ids = nodes[name]["token_ids"] + ids

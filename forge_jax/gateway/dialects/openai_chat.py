@@ -2,7 +2,8 @@
 
 Everything a request holds is honoured or refused by name. Messages are brought
 to one form: role `developer` becomes `system`, a list of text parts becomes
-their concatenation, an absent content the empty string.
+their concatenation, an absent content the empty string; an assistant's reasoning
+is read under any name that servers and clients have for it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -59,6 +60,8 @@ _KNOWN = _IGNORED | {
   "tools",
   "top_p",
 }
+# What servers and clients call the reasoning of a turn.
+_REASONING = ("reasoning_content", "reasoning", "reasoning_text", "thinking")
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _FINISH = {
   types.StopReason.STOP: "stop",
@@ -310,9 +313,23 @@ def _message(value: Any, where: str) -> dict[str, Any]:
   if role == "assistant":
     if value.get("tool_calls"):
       message["tool_calls"] = _tool_calls(value, where)
-    if isinstance(value.get("reasoning_content"), str):
-      message["reasoning_content"] = value["reasoning_content"]
+    if reasoning := _reasoning(value):
+      message["reasoning_content"] = reasoning
   return message
+
+
+def _reasoning(message: dict[str, Any]) -> str:
+  """The reasoning of an assistant's message, under any of its names."""
+  for name in _REASONING:
+    if isinstance(message.get(name), str) and message[name]:
+      return message[name]
+  parts = message.get("reasoning_details")
+  texts = [
+    part["text"]
+    for part in (parts if isinstance(parts, list) else ())
+    if isinstance(part, dict) and isinstance(part.get("text"), str)
+  ]
+  return "".join(texts)
 
 
 def _content(value: Any, role: str, where: str) -> str:
