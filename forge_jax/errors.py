@@ -49,3 +49,7 @@ class SampleError(ForgeError):
 
 class SandboxError(ForgeError):
   """A sandbox that this machine cannot make, or that cannot be used."""
+
+
+class AgentError(ForgeError):
+  """An agent's program that ended without doing its work."""

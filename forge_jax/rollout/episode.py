@@ -2,17 +2,21 @@
 
 This is the boundary at which a failure becomes data. Whatever an agent, its
 environment or its verifier raises ends up on the episode, with everything
-that the gateway captured until then. Two things pass through: a cancellation
+that the gateway captured until then. So does a verifier that does not end, and
+an agent that never asked the model. Two things pass through: a cancellation
 from outside, and a gateway that cannot be used after several attempts.
 """
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+import concurrent.futures
 import contextlib
 import dataclasses
+import inspect
 import json
 import math
 import secrets
+import threading
 import time
 
 import numpy as np
@@ -24,6 +28,8 @@ from forge_jax.tasks import base as tasks_base
 
 # Seconds to wait before each further attempt to reach the gateway.
 _RETRY_DELAYS = (0.1, 0.3, 1.0)
+# Seconds that a verifier may hold the loop up.
+_AT_ONCE = 0.02
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -66,12 +72,14 @@ class EpisodeRunner:
     permits: int,
     deadline_seconds: float,
     temperature: float,
+    verifier_seconds: float = 120.0,
   ):
     self._agent = agent
     self._gateway = gateway
     self._model_name = model_name
     self._permits = asyncio.Semaphore(permits)
     self._deadline = deadline_seconds
+    self._verifier_seconds = verifier_seconds
     self._sampling = {"temperature": temperature}
 
   async def run(
@@ -96,6 +104,8 @@ class EpisodeRunner:
         lambda: self._gateway.close_session(session)
       )
     outcome.add_rewards(posted)
+    if not completions and outcome.status == types.EpisodeStatus.COMPLETED:
+      outcome.fail("no completion: the agent never asked the model")
     return types.Episode(
       id=attempt.id,
       task=attempt.task,
@@ -158,7 +168,7 @@ class EpisodeRunner:
     if clock.expired():
       outcome.time_out(self._deadline)
     if environment is not None:
-      outcome.score(environment)
+      await outcome.score(environment, self._verifier_seconds)
     return outcome
 
 
@@ -183,12 +193,18 @@ class _Outcome:
     self.status = types.EpisodeStatus.TIMED_OUT
     self.error = f"TimeoutError: the deadline of {deadline:g} seconds passed"
 
-  def score(self, environment: tasks_base.Environment) -> None:
-    """Adds the environment's rewards."""
+  async def score(
+    self, environment: tasks_base.Environment, seconds: float
+  ) -> None:
+    """Adds the environment's rewards, if they come in time."""
+    clock = asyncio.timeout(seconds)
     try:
-      self.add_rewards(environment.rewards())
-    except Exception as failure:  # the boundary: a verifier's failure is data
-      self.fail(f"rewards: {_describe(failure)}")
+      async with clock:
+        self.add_rewards(await _verdict(environment.rewards))
+    except (Exception, SystemExit) as error:
+      # The boundary: a verifier's failure is data.
+      late = TimeoutError(f"none after {seconds:g} seconds")
+      self.fail(f"rewards: {_describe(late if clock.expired() else error)}")
 
   def add_rewards(self, rewards: Sequence[types.Reward]) -> None:
     """Adds the finite rewards and notes the others."""
@@ -207,6 +223,34 @@ def _as_json(messages: types.Messages) -> tuple[types.Message, ...]:
 
 def _describe(failure: BaseException) -> str:
   return f"{type(failure).__name__}: {failure}"
+
+
+async def _verdict(
+  rewards: Callable[[], Sequence[types.Reward] | Awaitable],
+) -> Sequence[types.Reward]:
+  """What a verifier says; one that never ends costs a thread, not the loop.
+
+  Not a thread of an executor: a few hung verifiers would use all of those up.
+  """
+  if inspect.iscoroutinefunction(rewards):
+    return await rewards()
+  verdict: concurrent.futures.Future = concurrent.futures.Future()
+  verdict.set_running_or_notify_cancel()
+
+  def work() -> None:
+    try:
+      verdict.set_result(rewards())
+    except BaseException as failure:  # all of it is the episode's to keep
+      verdict.set_exception(failure)
+
+  thread = threading.Thread(target=work, name="verifier", daemon=True)
+  thread.start()
+  # Most answer at once. They keep their place in the order of episodes, so
+  # that a run can be repeated.
+  thread.join(_AT_ONCE)
+  if verdict.done():
+    return verdict.result()
+  return await asyncio.wrap_future(verdict)
 
 
 async def _persist[T](call: Callable[[], Awaitable[T]]) -> T:

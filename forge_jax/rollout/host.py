@@ -34,6 +34,7 @@ class RolloutConfig:
   group_size: int = 8  # G: episodes of one task
   permits: int = 64  # most episodes that run at once
   deadline_seconds: float = 600.0  # wall-clock, of one episode
+  verifier_seconds: float = 120.0  # wall-clock, to score one episode
   temperature: float = 1.0  # of sampling, where the agent sets none
   seed: int = 0  # all episodes' seeds derive from it
 
@@ -43,11 +44,11 @@ class RolloutConfig:
         raise errors.ConfigError(
           f"rollout {name} is {getattr(self, name)}; expected at least 1"
         )
-    if not self.deadline_seconds > 0:
-      raise errors.ConfigError(
-        f"rollout deadline_seconds is {self.deadline_seconds}; expected more "
-        "than 0"
-      )
+    for name in ("deadline_seconds", "verifier_seconds"):
+      if not getattr(self, name) > 0:
+        raise errors.ConfigError(
+          f"rollout {name} is {getattr(self, name)}; expected more than 0"
+        )
     if self.temperature < 0 or self.seed < 0:
       raise errors.ConfigError(
         f"rollout temperature is {self.temperature} and seed {self.seed}; "
@@ -89,6 +90,7 @@ class RolloutHost:
       model_name=model_name,
       permits=config.permits,
       deadline_seconds=config.deadline_seconds,
+      verifier_seconds=config.verifier_seconds,
       temperature=config.temperature,
     )
     self._counts: collections.Counter[str] = collections.Counter()

@@ -5,8 +5,8 @@ is one episode's world: it opens the conversation, answers the policy's
 messages and scores what happened. Environments know nothing of tokens.
 """
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Awaitable, Mapping, Sequence
+from typing import Protocol, runtime_checkable
 
 from forge_jax import types
 
@@ -24,8 +24,26 @@ class Environment(Protocol):
   def respond(self, reply: types.Message) -> types.Messages | None:
     """Answers an assistant message; None ends the episode."""
 
-  def rewards(self) -> Sequence[types.Reward]:
-    """The named rewards of what has happened so far; never raises."""
+  def rewards(
+    self,
+  ) -> Sequence[types.Reward] | Awaitable[Sequence[types.Reward]]:
+    """The named rewards of what has happened so far.
+
+    A plain method runs on a thread of its own, so that it may take its time;
+    what runs programs (a sandbox) is a coroutine. What it raises, or that it
+    does not end in time, is noted on the episode.
+    """
+
+
+@runtime_checkable
+class Workspace(Protocol):
+  """What an environment has besides, if its work is done on files."""
+
+  def files(self) -> Mapping[str, bytes]:
+    """What an agent finds, by path relative to its work directory."""
+
+  def collect(self, files: Mapping[str, bytes]) -> None:
+    """Takes what the agent left, however it ended; then `rewards` is asked."""
 
 
 class Domain(Protocol):

@@ -1,6 +1,7 @@
 """Whatever happens in an episode is data on it, and its session is closed."""
 
 import asyncio
+import threading
 
 import pytest
 import rollout_fakes as fakes
@@ -78,7 +79,7 @@ async def test_an_agent_that_hides_its_timeout_has_timed_out():
     except asyncio.CancelledError:
       return
 
-  episode = await play(fakes.Echo(swallow), deadline=0.02)
+  episode = await play(fakes.Echo(swallow), deadline=0.3)
   assert episode.status == Status.TIMED_OUT
   assert episode.messages  # it came back, late
 
@@ -201,3 +202,81 @@ def test_seeds_differ_repeat_and_fit():
   assert len(set(seeds)) == len(seeds)
   assert all(0 <= seed < 2**31 for seed in seeds)
   assert seeds == [episode_lib.derive_seed(*key) for key in keys]
+
+
+async def test_a_verifier_that_hangs_is_data_and_blocks_nobody():
+  release = threading.Event()
+
+  def hang():
+    release.wait(60)
+    return []
+
+  hanging = [play_scored(hang, verifier_seconds=0.05) for _ in range(40)]
+  try:
+    *episodes, other = await asyncio.gather(*hanging, play(fakes.Echo()))
+  finally:
+    release.set()
+  for episode in episodes:
+    assert episode.status == Status.FAILED
+    assert episode.error == "rewards: TimeoutError: none after 0.05 seconds"
+    assert len(episode.completions) == 1 and episode.rewards == ()
+  assert other.status == Status.COMPLETED
+
+
+async def test_a_verifier_may_be_a_coroutine():
+  async def slow():
+    await asyncio.sleep(0.01)
+    return [types.Reward("late", types.Component.PERF, 0.5)]
+
+  async def hang():
+    await asyncio.Event().wait()
+
+  assert (await play_scored(slow)).perf == 0.5
+  episode = await play_scored(hang, verifier_seconds=0.05)
+  assert episode.error == "rewards: TimeoutError: none after 0.05 seconds"
+
+
+@pytest.mark.parametrize("kind", [SystemExit, RecursionError, KeyError])
+async def test_a_verifier_that_crashes_is_data(kind):
+  def crash():
+    raise kind("no verdict")
+
+  episode = await play_scored(crash)
+  assert episode.status == Status.FAILED
+  assert episode.error.startswith(f"rewards: {kind.__name__}: ")
+
+
+async def test_an_agent_that_never_asks_the_model_has_failed():
+  class Silent(fakes.FakeGateway):
+    async def close_session(self, id):
+      await super().close_session(id)
+      return (), ()
+
+  episode = await play(fakes.Echo(), gateway=Silent())
+  assert episode.status == Status.FAILED
+  assert episode.error == "no completion: the agent never asked the model"
+  assert episode.perf == 1.0
+
+
+async def play_scored(rewards, **runner):
+  """An episode whose environment's verifier is `rewards`."""
+
+  class Environment(fakes.FakeEnvironment):
+    pass
+
+  Environment.rewards = staticmethod(rewards)
+  gateway = fakes.FakeGateway()
+  episodes = episode_lib.EpisodeRunner(
+    fakes.Echo(),
+    gateway,
+    model_name="policy",
+    permits=2,
+    deadline_seconds=30.0,
+    temperature=0.7,
+    **runner,
+  )
+  task = fakes.FakeMixture().task(0)
+  attempt = episode_lib.Attempt("e0", task, 3, 11, 16)
+  episode = await episodes.run(attempt, lambda task: Environment())
+  assert not gateway.open
+  return episode

@@ -11,7 +11,6 @@ from typing import Protocol
 
 from forge_jax import errors
 
-WORK = "/work"  # the directory that commands start in, in a sandbox of a kernel
 MIB = 2**20
 
 
@@ -69,6 +68,10 @@ class Sandbox(Protocol):
     """The work directory, as programs in the sandbox see it."""
 
   @property
+  def home(self) -> str:
+    """The programs' home directory, likewise."""
+
+  @property
   def gateway(self) -> str | None:
     """The gateway's origin as seen from inside, "http://host:port"."""
 
@@ -87,7 +90,7 @@ class Sandbox(Protocol):
 
   async def get(
     self,
-    patterns: Sequence[str] = ("**/*",),
+    patterns: Sequence[str] = ("*",),
     *,
     most_files: int = 1000,
     most_bytes: int = 64 * MIB,
@@ -95,8 +98,8 @@ class Sandbox(Protocol):
     """Reads regular files, by path relative to the work directory.
 
     Args:
-      patterns: as of `glob`, relative to the work directory; hidden files
-        match like others, links are not followed.
+      patterns: of which a path must match one; `*` matches `/`, too. Links
+        are not followed.
       most_files: more are an error.
       most_bytes: more, of all files together, are an error.
 

@@ -60,6 +60,7 @@ class Box:
     process: asyncio.subprocess.Process,
     *,
     work: str,
+    home: str,
     gateway: str | None,
     limits: base.Limits,
     group: cgroup.Group | None = None,
@@ -67,6 +68,7 @@ class Box:
   ):
     """Takes over a process that becomes the guest; see `open_box`."""
     self.work = work
+    self.home = home
     self.gateway = gateway
     self._process = process
     self._limits = limits

@@ -26,6 +26,8 @@ from forge_jax.agents.sandbox import base, box, cgroup, relay, seccomp
 _HERE = pathlib.Path(__file__).parent
 _GUEST = ("guest.py", "forward.py")  # the files that run inside
 _OLDEST = (0, 8)  # the first with --disable-userns and --size
+_HOME = "/home/agent"
+_WORK = f"{_HOME}/work"
 _USER = 1000  # the program's user and group, as it sees them
 # When root opens sandboxes, each gets a user of its own in this range, if the
 # user namespace that root is in has it.
@@ -38,7 +40,7 @@ _ETC += ("ssl", "ca-certificates", "localtime")
 _MASKED = ("keys", "key-users", "kallsyms", "kmsg", "timer_list", "slabinfo")
 _MASKED += ("sched_debug", "latency_stats", "modules", "vmallocinfo")
 _TEXTS = {
-  "passwd": f"agent:x:{_USER}:{_USER}:agent:/home/agent:/bin/sh\n",
+  "passwd": f"agent:x:{_USER}:{_USER}:agent:{_HOME}:/bin/sh\n",
   "group": f"agent:x:{_USER}:\n",
   "hosts": "127.0.0.1 localhost\n",
   "nsswitch.conf": "passwd: files\ngroup: files\nhosts: files\n",
@@ -125,7 +127,8 @@ class Bubblewrap:
       )
       opened = box.Box(
         process,
-        work=base.WORK,
+        work=_WORK,
+        home=_HOME,
         gateway=gateway and f"http://127.0.0.1:{box.GATEWAY_PORT}",
         limits=limits,
         group=group,
@@ -134,6 +137,8 @@ class Bubblewrap:
     try:
       return await box.open_box(opened)
     except errors.SandboxError as error:
+      if not re.search("namespace|uid map", str(error)):
+        raise
       raise errors.SandboxError(f"{error}{_HELP}") from error
 
   def _plan(
@@ -162,7 +167,7 @@ class Bubblewrap:
       | {name: (_HERE / name).read_text("utf-8") for name in _GUEST},
       "binds": binds,
       "disk": [limits.disk_bytes, limits.files],
-      "directories": ["work", "tmp", "home", "shm"],
+      "directories": ["home", "home/work", "tmp", "shm"],
       "seccomp": self._filter.hex(),
       "command": [
         self._program,
@@ -190,7 +195,7 @@ class Bubblewrap:
     if watched:
       rlimits["RLIMIT_DATA"] = limits.memory_bytes
     return box.GuestConfig(
-      work=base.WORK,
+      work=_WORK,
       env=self._environment(),
       output_bytes=limits.output_bytes,
       rlimits=rlimits,
@@ -208,7 +213,7 @@ class Bubblewrap:
     )
     return {
       "PATH": ":".join(folders),
-      "HOME": "/home/agent",
+      "HOME": _HOME,
       "USER": "agent",
       "TMPDIR": "/tmp",
       "LANG": "C.UTF-8",
@@ -250,9 +255,8 @@ def _file_systems(stage: str, binds: dict[str, str]) -> list[str]:
     if os.path.exists(f"/proc/{name}"):
       args += ["--ro-bind", "/dev/null", f"/proc/{name}"]
   for source, path in (
-    ("work", base.WORK),
     ("tmp", "/tmp"),
-    ("home", "/home/agent"),
+    ("home", _HOME),
     ("shm", "/dev/shm"),
   ):
     args += ["--bind", f"{stage}/disk/{source}", path]
@@ -278,7 +282,7 @@ def _file_systems(stage: str, binds: dict[str, str]) -> list[str]:
     "--remount-ro",
     "/",
     "--chdir",
-    "/work",
+    _WORK,
   ]
 
 

@@ -46,6 +46,7 @@ class UnsafeProcess:
     opened = box.Box(
       process,
       work=os.path.join(folder, "work"),
+      home=os.path.join(folder, "home"),
       gateway=gateway,
       limits=limits,
       on_close=(functools.partial(shutil.rmtree, folder, ignore_errors=True),),

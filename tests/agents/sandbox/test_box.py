@@ -126,7 +126,7 @@ async def test_the_system_is_read_only_and_the_work_is_private(open_box):
   await one.put({"/tmp/a": b"", "mine": b"x", "/home/agent/b": b""})
   assert await other.get() == {}
   result = await other.run(["ls", "/tmp", "/home/agent"], seconds=10)
-  assert result.stdout == b"/home/agent:\n\n/tmp:\n"
+  assert result.stdout == b"/home/agent:\nwork\n\n/tmp:\n"
   with pytest.raises(errors.SandboxError, match="Read-only file system"):
     await one.put({"/usr/x": b""})
 

@@ -157,7 +157,7 @@ CASES = {
   "resources.fork_many": same(lambda o: {"count": 100}),
   "resources.fill_disk": (
     lambda o: {
-      "folders": ["/work", "/tmp", "/home/agent", "/dev/shm"],
+      "folders": ["/tmp", "/home/agent", "/dev/shm"],
       "each": 40 * base.MIB,
       "files": 3000,
     },

@@ -16,7 +16,7 @@ from forge_jax.agents.sandbox import bubblewrap
 
 async def main():
   async with await bubblewrap.Bubblewrap().open() as box:
-    script = "id -u; cat /proc/self/uid_map; echo x >/work/x; cat /work/x"
+    script = "id -u; cat /proc/self/uid_map; echo x >x; cat ~/work/x"
     result = await box.run(["sh", "-c", script], seconds=30)
     print(result.stdout.decode(), result.stderr.decode())
 
