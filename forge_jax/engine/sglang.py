@@ -14,50 +14,36 @@ Where they differ:
     the context than it says; here no request asks for that one.
 
 Invariants:
-  1. Every request asks for log-probabilities: a server of sglang-jax fails on a
+  1. Every request asks for log-probabilities: a server of sglang-jax ends on a
      batch where some do and some do not.
-  2. A request whose server went away before its first token is sent again, for
-     `patience` seconds; once tokens were received, it fails and keeps them.
-  3. A flush, a pause, an update returns once the server has confirmed it, or
+  2. A flush, a pause, an update returns once the server has confirmed it, or
      raises within its time limit.
 """
 
-import asyncio
 from collections.abc import AsyncIterator, Mapping
 import contextlib
 import dataclasses
-import json
-import logging
-import secrets
 import time
 from typing import Any
 
-import aiohttp
 import httpx
 
 from forge_jax import errors, types
-from forge_jax.engine import api, generate_reply, generate_request
+from forge_jax.engine import api, generate_reply, generate_request, remote
 
-_log = logging.getLogger(__name__)
 _FILTERS = ("top_k", "top_p", "min_p")  # what cuts a distribution
-_PAUSE = 0.2  # seconds before something is tried again
 _BUSY = "running or waiting requests"  # in what SGLang says then
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class SGLangConfig:
+@dataclasses.dataclass(frozen=True)
+class SGLangConfig(remote.RemoteConfig):
   """How to reach a server that speaks SGLang's native API."""
 
-  url: str = "http://127.0.0.1:30000"
-  api_key: str | None = None
-  exact_logprobs: bool = True  # refuse what a server cannot report exactly
   stream: bool | None = None  # None: where the server sends new tokens only
-  patience: float = 60.0  # seconds in which a server may come back
-  silence: float = 1800.0  # most seconds without a part of a reply
   control_seconds: float = 600.0  # for an update, a flush, a pause
 
 
-class SGLangEngine:
+class SGLangEngine(remote.RemoteEngine):
   """An `engine.api.Engine` that is a server; used from one asyncio loop.
 
   Controls block, and may be called from any thread but the loop's.
@@ -65,80 +51,9 @@ class SGLangEngine:
 
   def __init__(self, config: SGLangConfig):
     """Prepares a client; `connect` reaches the server."""
-    self._config = config
-    self._where = config.url.rstrip("/")
-    self._headers = {}
-    if config.api_key is not None:
-      self._headers["Authorization"] = f"Bearer {config.api_key}"
-    self._http: aiohttp.ClientSession | None = None
-    self._max_context = 0
+    super().__init__(config)
+    self._config: SGLangConfig = config
     self._streams = self._filtered = False
-    self._version = 0
-    self._running: dict[str, asyncio.Task] = {}
-    self._aborting: set[asyncio.Task] = set()
-    self._counts = {"requests": 0, "sampled_tokens": 0, "retries": 0}
-
-  @property
-  def max_context(self) -> int:
-    return self._max_context
-
-  async def connect(self) -> None:
-    """Waits for the server and learns what it is.
-
-    Raises:
-      EngineUnavailableError: it is not there within `patience` seconds.
-      EngineError: it is no such server.
-    """
-    deadline = time.monotonic() + self._config.patience
-    while True:
-      try:
-        return await self._learn()
-      except errors.EngineError as error:
-        away = isinstance(error, errors.EngineUnavailableError)
-        if not away or time.monotonic() > deadline:
-          await self.aclose()
-          raise
-      await asyncio.sleep(_PAUSE)
-
-  async def aclose(self) -> None:
-    """Closes the connections; requests in flight are aborted."""
-    for task in self._running.values():
-      task.cancel()
-    await asyncio.gather(*self._running.values(), return_exceptions=True)
-    await asyncio.gather(*self._aborting)
-    if self._http is not None:
-      await self._http.close()
-      self._http = None
-
-  async def generate(
-    self, request: api.GenerateRequest
-  ) -> AsyncIterator[api.TokenChunk]:
-    """See `engine.api.Engine.generate`."""
-    self._check(request)
-    if request.id in self._running:
-      raise errors.EngineError(f"request id {request.id} is already in flight")
-    self._counts["requests"] += 1
-    arrived: asyncio.Queue = asyncio.Queue()
-    task = asyncio.create_task(self._fetch(request, arrived))
-    self._running[request.id] = task
-    try:
-      stop_reason = None
-      while stop_reason is None:
-        item = await arrived.get()
-        if isinstance(item, Exception):
-          raise item
-        self._counts["sampled_tokens"] += len(item.token_ids)
-        stop_reason = item.stop_reason
-        yield item
-    finally:
-      del self._running[request.id]
-      task.cancel()
-      await asyncio.gather(task, return_exceptions=True)
-
-  def abort(self, request_id: str) -> None:
-    """See `engine.api.Engine.abort`; an unknown id is ignored."""
-    if task := self._running.get(request_id):
-      task.cancel()
 
   def update_weights(self, weights: types.WeightsVersion) -> None:
     """See `engine.api.Engine.update_weights`; takes a path the server can read.
@@ -170,7 +85,7 @@ class SGLangEngine:
       except errors.EngineError as error:
         if _BUSY not in str(error) or time.monotonic() > deadline:
           raise
-      time.sleep(_PAUSE)
+      time.sleep(remote.PAUSE)
 
   def pause(self) -> None:
     """See `engine.api.Engine.pause`."""
@@ -179,14 +94,6 @@ class SGLangEngine:
   def resume(self) -> None:
     """See `engine.api.Engine.resume`."""
     self._control("/continue_generation", {})
-
-  def stats(self) -> Mapping[str, float]:
-    """What this client has seen; the server has /metrics of its own."""
-    return {
-      **self._counts,
-      "running": len(self._running),
-      "version": self._version,
-    }
 
   async def _learn(self) -> None:
     models = await self._get("/v1/models")
@@ -205,13 +112,6 @@ class SGLangEngine:
     self._version = int(version) if version.isdigit() else self._version
 
   def _check(self, request: api.GenerateRequest) -> None:
-    if not self._max_context:
-      raise errors.EngineUnavailableError(f"{self._where}: not connected")
-    if len(request.prompt_ids) >= self._max_context:
-      raise errors.ContextOverflowError(
-        f"the prompt has {len(request.prompt_ids)} tokens; the context holds "
-        f"{self._max_context}, prompt and response together"
-      )
     if self._config.exact_logprobs and not self._filtered:
       try:
         api.refuse(request, *_FILTERS)
@@ -221,61 +121,9 @@ class SGLangEngine:
           "with exact_logprobs off they are taken as they are"
         ) from error
 
-  async def _fetch(
-    self, request: api.GenerateRequest, arrived: asyncio.Queue
-  ) -> None:
-    """Puts a completion's chunks, or what became of it, into a queue."""
-    reader = generate_reply.Reader(self._where, self._version)
-    deadline = time.monotonic() + self._config.patience
-    while True:
-      # A name of its own, so that a server that still runs an earlier attempt,
-      # or another client's request, does not mistake it.
-      rid = f"{request.id}-{secrets.token_hex(4)}"
-      try:
-        async for chunk in self._attempt(request, rid, reader):
-          arrived.put_nowait(chunk)
-        return
-      except asyncio.CancelledError:
-        arrived.put_nowait(api.TokenChunk((), (), (), types.StopReason.ABORT))
-        task = asyncio.create_task(self._abort(rid))
-        self._aborting.add(task)
-        task.add_done_callback(self._aborting.discard)
-        raise
-      except errors.EngineUnavailableError as error:
-        if reader.count or time.monotonic() > deadline:
-          arrived.put_nowait(error)
-          return
-        self._counts["retries"] += 1
-        _log.warning("request %s is sent again: %s", request.id, error)
-        await asyncio.sleep(_PAUSE)
-      except Exception as error:  # raised again by whoever reads
-        arrived.put_nowait(error)
-        return
-
-  async def _attempt(
-    self, request: api.GenerateRequest, rid: str, reader: generate_reply.Reader
-  ) -> AsyncIterator[api.TokenChunk]:
-    """The chunks of one attempt, the last with its stop reason."""
-    last = None
-    try:
-      async with contextlib.aclosing(self._parts(request, rid)) as parts:
-        async for value in parts:
-          chunk = reader.read(value)
-          if chunk.stop_reason is None:
-            yield chunk
-          else:
-            last = chunk  # goes out once the connection is free again
-    except errors.EngineUnavailableError:
-      if last is None:
-        raise
-    if last is None:
-      raise errors.EngineUnavailableError(f"{self._where}: a reply broke off")
-    yield last
-
-  async def _parts(
+  async def _chunks(
     self, request: api.GenerateRequest, rid: str
-  ) -> AsyncIterator[Any]:
-    """The JSON values that the server answers a request with."""
+  ) -> AsyncIterator[api.TokenChunk]:
     sampling = request.sampling
     room = self._max_context - len(request.prompt_ids)
     sampling = dataclasses.replace(
@@ -290,33 +138,20 @@ class SGLangEngine:
     }
     if sampling.top_logprobs:
       body["top_logprobs_num"] = sampling.top_logprobs
+    reader = generate_reply.Reader(self._where, self._version)
     with self._reaching("/generate"):
       async with self._session().post("/generate", json=body) as response:
         if response.status != 200 or not self._streams:
-          value = await _json(response)
-          if response.status != 200:
-            raise generate_reply.failure(self._where, value, response.status)
-          yield value
+          yield reader.read(await self._json(response))
           return
-        async for data in _events(response):
-          if data == b"[DONE]":
-            return
-          yield json.loads(data)
+        async for value in remote.events(response):
+          yield reader.read(value)
 
-  async def _abort(self, rid: str) -> None:
-    """Tells the server that nobody waits any more; it may be gone itself."""
+  async def _abandon(self, rid: str) -> None:
     path, body = "/abort_request", {"rid": rid}
     with contextlib.suppress(errors.EngineError), self._reaching(path):
       async with self._session().post(path, json=body):
         pass
-
-  async def _get(self, path: str) -> Any:
-    with self._reaching(path):
-      async with self._session().get(path) as response:
-        value = await _json(response)
-        if response.status != 200:
-          raise generate_reply.failure(self._where, value, response.status)
-        return value
 
   def _control(self, path: str, body: Mapping[str, Any]) -> None:
     with self._reaching(path):
@@ -334,50 +169,3 @@ class SGLangEngine:
         except ValueError:
           value = response.text.strip()
         raise generate_reply.failure(self._where, value, response.status_code)
-
-  def _session(self) -> aiohttp.ClientSession:
-    if self._http is None:
-      self._http = aiohttp.ClientSession(
-        self._where,
-        connector=aiohttp.TCPConnector(limit=0),
-        headers=self._headers,
-        timeout=aiohttp.ClientTimeout(
-          total=None, sock_connect=10, sock_read=self._config.silence
-        ),
-      )
-    return self._http
-
-  @contextlib.contextmanager
-  def _reaching(self, path: str):
-    """What can go wrong on the way, as this engine's errors."""
-    try:
-      yield
-    except (aiohttp.ClientError, httpx.HTTPError, TimeoutError) as error:
-      raise errors.EngineUnavailableError(
-        f"{self._where}{path}: {type(error).__name__}: {error}"
-      ) from error
-    except ValueError as error:
-      raise errors.EngineError(
-        f"{self._where}{path}: the reply is not JSON: {error}"
-      ) from error
-
-
-async def _json(response: aiohttp.ClientResponse) -> Any:
-  """The JSON of a reply, or its text where that is all there is."""
-  data = await response.read()
-  try:
-    return json.loads(data)
-  except ValueError:
-    if response.status == 200:
-      raise
-    return data.decode(errors="replace").strip() or response.reason
-
-
-async def _events(response: aiohttp.ClientResponse) -> AsyncIterator[bytes]:
-  """The data of server-sent events, each on one line, of any length."""
-  held = b""
-  async for data in response.content.iter_any():
-    *lines, held = (held + data).split(b"\n")
-    for line in lines:
-      if line.startswith(b"data:"):
-        yield line.removeprefix(b"data:").strip()
