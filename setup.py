@@ -79,7 +79,6 @@ setuptools.setup(
     "tpu": [*JAX, "jax[tpu]"],
     "cuda": [*JAX, "jax[cuda12]"],
     "cuda13": [*JAX, "jax[cuda13]"],
-    "sglang": ["sglang-jax"],
     "wandb": WANDB,
     # Everything that any machine can install: no accelerator, no server.
     "all": [*JAX, *TEST, *WANDB],

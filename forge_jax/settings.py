@@ -5,12 +5,23 @@ of two, where a user would look for them in one place). Only launch/ turns
 sections into dataclasses; experiments/ turns dataclasses into sections.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 import dataclasses
 import difflib
 from typing import Any
 
 from forge_jax import errors
+
+
+def check_keys(values: Mapping[str, Any], known: Collection[str]) -> None:
+  """Checks that a configuration has these keys and no others.
+
+  Raises:
+    ConfigError: a key is unknown or missing.
+  """
+  for key in sorted(set(values) ^ set(known)):
+    state = "unknown" if key in values else "missing"
+    raise errors.ConfigError(f"config.{key} is {state}")
 
 
 def section[T](

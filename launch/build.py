@@ -55,10 +55,7 @@ class Blueprint:
     Raises:
       ConfigError: an unknown section or key, or a value that cannot work.
     """
-    known = _TOP | _SECTIONS.keys()
-    for key in (values.keys() | known) - (values.keys() & known):
-      state = "unknown" if key in values else "missing"
-      raise errors.ConfigError(f"config.{key} is {state}")
+    settings.check_keys(values, _TOP | _SECTIONS.keys())
     self.values = values
     self.name, self.question = values["name"], values["question"]
     self.seed, self.steps = values["seed"], values["steps"]

@@ -19,7 +19,6 @@ import time
 from typing import Any
 
 from flax import nnx
-import jax
 import numpy as np
 
 from forge_jax import errors, settings
@@ -30,7 +29,7 @@ from forge_jax.pool import queue as queue_lib
 from forge_jax.pool import store as store_lib
 from forge_jax.trainer import checkpoint, loop
 from forge_jax.trainer import trainer as trainer_lib
-from launch import build, journal
+from launch import build, compilations, journal
 from launch import recorder as recorder_lib
 from launch import services as services_lib
 
@@ -64,7 +63,7 @@ class LocalRun:
   def train(self) -> None:
     """Trains to the configured step and reports, or stops at Ctrl-C."""
     plan = self._plan
-    keep_compilations()
+    compilations.keep()
     with contextlib.ExitStack() as stack:
       stop = stack.enter_context(loop.StopSignal())
       decoder = plan.load_decoder()
@@ -206,7 +205,7 @@ def evaluate_checkpoint(
   Raises:
     CheckpointError: the folder holds no run or no checkpoint.
   """
-  keep_compilations()
+  compilations.keep()
   plan, decoder, step = _load_checkpoint(workdir)
   result: dict[str, float | int] = {"step": step}
   with plan.services(decoder, step) as services:
@@ -250,10 +249,3 @@ def _load_checkpoint(
   finally:
     checkpointer.close()
   return plan, decoder, host["step"]
-
-
-def keep_compilations() -> None:
-  """Keeps compiled programs in .jax_cache, unless JAX is told otherwise."""
-  if jax.config.jax_compilation_cache_dir is None:
-    folder = str(pathlib.Path(".jax_cache").absolute())
-    jax.config.update("jax_compilation_cache_dir", folder)

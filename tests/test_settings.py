@@ -3,11 +3,12 @@
 import dataclasses
 import importlib
 import pathlib
+import re
 
 import pytest
 
 from forge_jax import errors, settings
-from launch import build
+from launch import build, engine_service, gateway_service, keys
 
 FILES = sorted(
   path
@@ -60,11 +61,45 @@ def test_differences_name_the_keys():
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_every_experiment_loads_and_fits_its_components(name):
+def test_every_experiment_loads_and_fits_its_components(name, monkeypatch):
+  monkeypatch.setenv(keys.ADMIN_TOKEN, "token")
   module = importlib.import_module(f"experiments.{name}")
-  assert "python -m launch" in module.__doc__
-  plan = build.Blueprint(module.get_config().to_dict())
-  assert plan.steps >= 1 and plan.mixture().task(0).domain in plan.domains
+  command = re.search(r"python -m launch\.(\w+)", module.__doc__)
+  values = module.get_config().to_dict()
+  match command[1]:
+    case "engine":
+      engine_service.EngineService(values)
+    case "gateway":
+      gateway_service.GatewayService(values)
+    case "train":
+      plan = build.Blueprint(values)
+      assert plan.steps >= 1 and plan.mixture().task(0).domain in plan.domains
+    case other:
+      pytest.fail(f"{name} names no known command, but {other}")
+
+
+def test_a_server_needs_every_section_and_no_other(monkeypatch):
+  from experiments import serve_gateway
+
+  monkeypatch.delenv(keys.ADMIN_TOKEN, raising=False)
+  values = serve_gateway.get_config().to_dict()
+  upstream = values["upstream"]
+  for broken, message in (
+    ({**values, "extra": 1}, "config.extra is unknown"),
+    (
+      {k: v for k, v in values.items() if k != "router"},
+      "config.router is mis",
+    ),
+    (values | {"router": {"blok": 3}}, "did you mean 'block'"),
+    (
+      values | {"upstream": upstream | {"kind": "x"}},
+      "'openai', 'sglang'",
+    ),
+    (values | {"upstream": upstream | {"urls": ()}}, "names no server"),
+    (values, "FORGE_ADMIN_TOKEN is not set"),
+  ):
+    with pytest.raises(errors.ConfigError, match=message):
+      gateway_service.GatewayService(broken)
 
 
 def test_whatever_is_no_configuration_says_how_it_is_run():

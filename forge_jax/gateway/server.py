@@ -27,12 +27,14 @@ Invariants:
      that tokens sampled before a failure are kept.
 """
 
+import asyncio
 from collections.abc import Mapping
 import dataclasses
 import errno
 import functools
 import secrets
 import ssl
+import time
 from typing import Any
 
 from aiohttp import web
@@ -60,6 +62,7 @@ from forge_jax.gateway.dialects import (
   openai_responses,
 )
 
+_POLL = 0.05  # seconds between looks at whether every session is closed
 DIALECTS: tuple[base.Dialect, ...] = (
   openai_chat,
   openai_completions,
@@ -161,6 +164,16 @@ class Gateway:
     self._runner = runner
     self._port = runner.addresses[0][1]
 
+  async def drain(self, seconds: float) -> None:
+    """Opens no further session, and waits until the open ones are closed.
+
+    Their agents go on meanwhile; after `seconds` it gives up.
+    """
+    self._table.draining = True
+    deadline = time.monotonic() + seconds
+    while len(self._table) and time.monotonic() < deadline:
+      await asyncio.sleep(_POLL)
+
   async def stop(self) -> None:
     """Closes every session and stops listening."""
     await self._table.close_all()
@@ -239,6 +252,8 @@ class Gateway:
     }
 
   async def _health(self, request: web.Request) -> web.Response:
+    if self._table.draining:
+      return web.json_response({"status": "draining"}, status=503)
     return web.json_response({"status": "ok"})
 
   async def _metrics(self, request: web.Request) -> web.Response:

@@ -38,6 +38,7 @@ class SessionTable:
   def __init__(self, engine: api.Engine):
     """An empty table; `engine` runs the sessions' requests."""
     self._engine = engine
+    self.draining = False  # whether no further sessions are opened
     self._sessions: dict[str, sessions.Session] = {}
     self._by_api_key: dict[bytes, sessions.Session] = {}
     self._keys: dict[str, tuple[bytes, bytes]] = {}  # by session: API, control
@@ -49,8 +50,14 @@ class SessionTable:
     """A new session and its keys.
 
     Raises:
-      Refusal: a session of that name is open.
+      Refusal: a session of that name is open, or the gateway is draining.
     """
+    if self.draining:
+      raise refusal.Refusal(
+        "the gateway is shutting down: no session is opened any more",
+        status=503,
+        code="shutting_down",
+      )
     if id in self._sessions:
       raise refusal.Refusal(f"session {id!r} is open already", status=409)
     session = sessions.Session(id, seed, sampling)

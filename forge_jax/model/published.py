@@ -90,6 +90,15 @@ def write(
     shutil.rmtree(staged, ignore_errors=True)
 
 
+def version(folder: str | os.PathLike[str]) -> int:
+  """The version that a folder holds, by its manifest.
+
+  Raises:
+    CheckpointError: there is no manifest, or it is malformed.
+  """
+  return _read_manifest(pathlib.Path(folder))["version"]
+
+
 def read(
   folder: str | os.PathLike[str],
   config: model_config.ModelConfig,

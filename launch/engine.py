@@ -1,0 +1,31 @@
+"""Serves the built-in engine over HTTP, in SGLang's native API.
+
+python -m launch.engine --config=experiments/serve_engine.py
+  --config.server.port=30000      any value can be overridden
+FORGE_ENGINE_API_KEY in the environment: the key that clients need, if any
+"""
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from launch import cli
+
+_CONFIG = config_flags.DEFINE_config_file(
+  "config", None, "Experiment: a file with get_config()."
+)
+
+
+def main(argv):
+  del argv
+  # JAX is imported only once the flags are good.
+  from launch import compilations, engine_service, serving
+
+  compilations.keep()
+  values = _CONFIG.value.to_dict()
+  service = engine_service.EngineService(values)
+  serving.run("engine", service, values["drain_seconds"])
+
+
+if __name__ == "__main__":
+  flags.mark_flag_as_required("config")
+  app.run(cli.guarded(main), flags_parser=cli.parse_flags)
