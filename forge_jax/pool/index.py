@@ -13,6 +13,7 @@ that several hosts share. Both speak the same SQL.
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 import contextlib
 import errno
+import logging
 import os
 import pathlib
 import sqlite3
@@ -22,6 +23,8 @@ import zlib
 
 from forge_jax import errors
 from forge_jax.pool import segment
+
+_LOG = logging.getLogger(__name__)
 
 SCHEMA_VERSION = 1
 
@@ -291,7 +294,9 @@ class SqliteIndex(Index):
   """
 
   def __init__(self, folder: pathlib.Path):
-    """Opens the index; a file that cannot be used is set aside.
+    """Opens the index; a file that is not trusted is made anew.
+
+    All that is taken over from it are `known_sizes`: what was acknowledged.
 
     Raises:
       PoolError: it was written by another version, or cannot be made.
@@ -303,6 +308,8 @@ class SqliteIndex(Index):
     self._clean.unlink(missing_ok=True)
     segment.sync_folder(folder)
     super().__init__(Sqlite(self._path))
+    if self.known_sizes:
+      self.rebuild((), self.known_sizes)  # so that they are not lost meanwhile
 
   def close(self) -> None:
     """Closes the file and says that it is good."""
@@ -324,7 +331,14 @@ class SqliteIndex(Index):
     if not self._clean.exists() or self._others() or not self._path.exists():
       return False
     text = self._clean.read_text(encoding="ascii", errors="replace").strip()
-    return text == str(_file_checksum(self._path))
+    if text == str(_file_checksum(self._path)):
+      return True
+    _LOG.warning(
+      "%s does not agree with %s: the index is made again from the segments",
+      self._path,
+      self._clean.name,
+    )
+    return False
 
   def _salvage(self) -> dict[int, int]:
     """Reads what was acknowledged, if it can be, and removes the files."""

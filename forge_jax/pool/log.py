@@ -12,7 +12,7 @@ Invariants:
 Records are opaque here: `segment.Record` has a kind and a key.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 import dataclasses
 import errno
 import logging
@@ -93,30 +93,49 @@ class Log:
     """The segment appended to; -1: none yet."""
     return self._number
 
-  def append(self, record: segment.Record, *, move: bool = False) -> bool:
+  def append(self, record: segment.Record) -> bool:
     """Appends a record; when it returns, the record is on the disk.
 
-    Args:
-      record: a new one, or one that is stored.
-      move: whether a stored record gets this new place.
-
     Returns:
-      Whether it was new, or moved: False says that a record with its kind and
-      key was stored before, and stays.
+      Whether it was new: False says that a record with its kind and key was
+      stored before, and stays.
 
     Raises:
       OSError: the disk stayed full or failed.
       PoolError: the log is closed or failed before, or the index failed.
     """
-    mine = _Append(record, move)
+    mine = _Append(record, move=False)
+    self._append([mine])
+    return not mine.stayed
+
+  def move(self, stored: Iterable[segment.Record]) -> None:
+    """Appends records that are stored already: these are their new places.
+
+    Raises: as `append`.
+    """
+    moved = [_Append(record, move=True) for record in stored]
+    if moved:
+      self._append(moved)
+
+  def rotate(self) -> None:
+    """Ends the segment appended to; the next record begins another."""
+    self._alone(self._end_segment)
+
+  def close(self) -> None:
+    """Ends all waiting and closes the file; a second call does nothing."""
+    self._closed.set()
+    self._alone(self._end_segment)
+
+  def _append(self, mine: Sequence[_Append]) -> None:
+    last = mine[-1]
     with self._changed:
       self._require_good()
-      self._waiting.append(mine)
-      self._changed.wait_for(lambda: mine.done or not self._writing)
-      if not mine.done:
+      self._waiting += mine
+      self._changed.wait_for(lambda: last.done or not self._writing)
+      if not last.done:
         self._writing = True
         batch, self._waiting = self._waiting, []
-    if not mine.done:
+    if not last.done:
       try:
         self._store(batch)
       except BaseException as error:  # every waiting thread gets it
@@ -128,18 +147,8 @@ class Log:
             each.done = True
           self._writing = False
           self._changed.notify_all()
-    if mine.error is not None:
-      raise mine.error
-    return not mine.stayed
-
-  def rotate(self) -> None:
-    """Ends the segment appended to; the next record begins another."""
-    self._alone(self._end_segment)
-
-  def close(self) -> None:
-    """Ends all waiting and closes the file; a second call does nothing."""
-    self._closed.set()
-    self._alone(self._end_segment)
+    if last.error is not None:
+      raise last.error
 
   def _alone(self, action: Callable[[], None]) -> None:
     with self._changed:

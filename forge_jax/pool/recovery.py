@@ -8,11 +8,24 @@ a *torn tail*, which the next writer cuts.
 
 from collections.abc import Mapping, Sequence
 import dataclasses
+import fcntl
+import logging
+import os
 import pathlib
 
 from forge_jax import errors
 from forge_jax.pool import index as index_lib
 from forge_jax.pool import records, segment
+
+_LOG = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Damage:
+  """Acknowledged bytes that are not a good record."""
+
+  segment: int
+  text: str  # the file, what is damaged, and where
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -21,8 +34,75 @@ class Contents:
 
   rows: list[index_lib.Row]  # of good records, in the order of their places
   sizes: dict[int, int]  # by segment: bytes up to a torn tail, if any
-  damage: list[str]  # what is damaged, one line each
+  damage: list[Damage]
   torn: str | None  # the torn tail, in words
+
+
+def take_lock(folder: pathlib.Path) -> int:
+  """Locks an embedded pool for writing; closing the descriptor unlocks it.
+
+  Raises:
+    PoolError: another writer holds it.
+  """
+  path = folder / "lock"
+  descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+  try:
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError as error:
+    os.close(descriptor)
+    holder = path.read_text().strip() or "unknown"
+    raise errors.PoolError(
+      f"{folder}: another writer holds the pool (process {holder}); a pool has "
+      "one writer, readers open it with readonly=True"
+    ) from error
+  os.ftruncate(descriptor, 0)
+  os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+  return descriptor
+
+
+def recover(folder: pathlib.Path, index: index_lib.SqliteIndex) -> None:
+  """Makes the index agree with the segments, and cuts a torn tail.
+
+  Raises:
+    PoolError: acknowledged records are damaged or missing; nothing is cut.
+  """
+  numbers = segment.numbers(folder)
+  if index.trusted:
+    found = {n: segment.path_of(folder, n).stat().st_size for n in numbers}
+    known = index.sizes()
+    if all(found.get(n) == known.get(n) for n in found.keys() | known.keys()):
+      return
+    _LOG.warning("%s: segments differ from what the index says", folder)
+  contents = examine(folder, index.sizes())
+  if contents.damage:
+    lines = "; ".join(damage.text for damage in contents.damage)
+    raise errors.PoolError(
+      f"{folder}: acknowledged records are damaged: {lines}. "
+      f"`python -m forge_jax.pool verify --repair {folder}` keeps what is good"
+    )
+  if contents.torn:
+    _LOG.warning("cut off as a torn tail: %s", contents.torn)
+  settle(folder, index, contents)
+
+
+def settle(
+  folder: pathlib.Path, index: index_lib.Index, contents: Contents
+) -> None:
+  """Makes segments and index what was found in them, durably."""
+  for number, size in contents.sizes.items():
+    cut(segment.path_of(folder, number), size)
+  index.rebuild(contents.rows, contents.sizes)
+
+
+def cut(path: pathlib.Path, size: int) -> None:
+  """Cuts a segment and syncs it: a killed writer may not have."""
+  descriptor = os.open(path, os.O_WRONLY)
+  try:
+    if os.fstat(descriptor).st_size != size:
+      os.ftruncate(descriptor, size)
+    os.fsync(descriptor)
+  finally:
+    os.close(descriptor)
 
 
 def examine(
@@ -63,21 +143,25 @@ def examine(
     if torn:
       contents = dataclasses.replace(contents, torn=f"{path}: {torn}")
     if end < size:
-      contents.damage.append(
-        f"{path}: {size - end} acknowledged bytes from byte {end} on are missing"
+      missing = (
+        f"{size - end} acknowledged bytes from byte {end} on are missing"
       )
+      contents.damage.append(Damage(number, f"{path}: {missing}"))
     for entry in entries:
       if entry.place.offset >= end:
         break
       if entry.damage is None:
         contents.rows.append(_row(number, entry))
       else:
-        contents.damage.append(f"{path}: {describe(entry)}")
+        contents.damage.append(Damage(number, f"{path}: {_describe(entry)}"))
     contents.sizes[number] = end
+  for number in sorted(acknowledged.keys() - contents.sizes.keys()):
+    path = segment.path_of(folder, number)
+    contents.damage.append(Damage(number, f"{path} is missing"))
   return contents
 
 
-def describe(entry: segment.Entry) -> str:
+def _describe(entry: segment.Entry) -> str:
   """What is damaged, in words."""
   what = "an unknown record"
   if entry.kind >= 0:

@@ -27,7 +27,6 @@ another is being synced share the next sync (group commit).
 
 from collections.abc import Mapping
 import contextlib
-import fcntl
 import logging
 import os
 import pathlib
@@ -82,13 +81,14 @@ class DataPool:
     try:
       if readonly:
         return cls(folder, _read_all(folder), None)
-      _make_folder(folder)
+      make_folder(folder)
       with contextlib.ExitStack() as undo:
-        lock = _take_lock(folder)
+        lock = recovery.take_lock(folder)
         undo.callback(os.close, lock)
         index = index_lib.SqliteIndex(folder)
-        undo.callback(index.abandon)
-        tail = _recover(folder, index)
+        undo.callback(index.close if index.trusted else index.abandon)
+        recovery.recover(folder, index)
+        tail = max(segment.numbers(folder), default=None)
         log = log_lib.Log(folder, index, config or PoolConfig(), tail=tail)
         undo.pop_all()
       return cls(folder, index, log, lock)
@@ -231,96 +231,43 @@ class DataPool:
       )
     return row
 
+  def writing(self, otherwise: str) -> log_lib.Log:
+    """The log; `otherwise` begins the error where there is none.
+
+    Raises:
+      PoolError: the pool is read-only.
+    """
+    if self._log is None:
+      raise errors.PoolError(f"{self.path}: {otherwise}: it is read-only")
+    return self._log
+
   def _append(self, record: segment.Record, name: str) -> bool:
-    reason = "the pool is read-only"
+    log = self.writing(f"{name} cannot be appended")
     try:
-      if self._log is not None:
-        return self._log.append(record)
+      return log.append(record)
     except OSError as error:
       raise errors.PoolError(
         f"{self.path}: {name} could not be appended and nothing of it is "
         f"kept: {error.strerror or error}"
       ) from error
     except errors.PoolError as error:
-      reason = str(error)
-    raise errors.PoolError(f"{self.path}: {name} cannot be appended: {reason}")
+      raise errors.PoolError(
+        f"{self.path}: {name} cannot be appended: {error}"
+      ) from error
 
 
-def _make_folder(path: pathlib.Path) -> None:
+def make_folder(path: pathlib.Path) -> None:
   missing = [p for p in (path, *path.parents) if not p.exists()]
   for folder in reversed(missing):
     folder.mkdir(exist_ok=True)
     segment.sync_folder(folder.parent)
 
 
-def _take_lock(folder: pathlib.Path) -> int:
-  path = folder / "lock"
-  descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-  try:
-    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except BlockingIOError as error:
-    os.close(descriptor)
-    holder = path.read_text().strip() or "unknown"
-    raise errors.PoolError(
-      f"{folder}: another writer holds the pool (process {holder}); a pool has "
-      "one writer, readers open it with readonly=True"
-    ) from error
-  os.ftruncate(descriptor, 0)
-  os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
-  return descriptor
-
-
 def _read_all(folder: pathlib.Path) -> index_lib.Index:
   """A reader's index: what is good, with a warning about what is not."""
   contents = recovery.examine(folder, {})
-  for line in contents.damage:
-    _LOG.warning("damaged, left out: %s", line)
+  for damage in contents.damage:
+    _LOG.warning("damaged, left out: %s", damage.text)
   index = index_lib.memory_index()
   index.rebuild(contents.rows, contents.sizes)
   return index
-
-
-def _recover(folder: pathlib.Path, index: index_lib.SqliteIndex) -> int | None:
-  """Makes the index agree with the segments; returns the last one's number.
-
-  Raises:
-    PoolError: acknowledged records are damaged or missing.
-  """
-  numbers = segment.numbers(folder)
-  if index.trusted:
-    sizes = index.sizes()
-    found = {n: segment.path_of(folder, n).stat().st_size for n in numbers}
-    if all(found[n] == sizes.get(n, 0) for n in numbers) and not (
-      sizes.keys() - found.keys()
-    ):
-      return numbers[-1] if numbers else None
-    _LOG.warning("%s: segments differ from what the index says", folder)
-  known = index.sizes() if index.trusted else index.known_sizes
-  contents = recovery.examine(folder, known)
-  missing = [
-    f"{segment.path_of(folder, n)} is missing"
-    for n in sorted(known.keys() - contents.sizes.keys())
-  ]
-  damage = missing + contents.damage
-  if damage:
-    raise errors.PoolError(
-      f"{folder}: acknowledged records are damaged: {'; '.join(damage)}. "
-      f"`python -m forge_jax.pool verify --repair {folder}` keeps what is good"
-    )
-  if contents.torn:
-    _LOG.warning("cut off as a torn tail: %s", contents.torn)
-  for number, size in contents.sizes.items():
-    _cut(segment.path_of(folder, number), size)
-  index.rebuild(contents.rows, contents.sizes)
-  return numbers[-1] if numbers else None
-
-
-def _cut(path: pathlib.Path, size: int) -> None:
-  """Cuts a segment and syncs it: a killed writer may not have."""
-  descriptor = os.open(path, os.O_WRONLY)
-  try:
-    if os.fstat(descriptor).st_size != size:
-      os.ftruncate(descriptor, size)
-    os.fsync(descriptor)
-  finally:
-    os.close(descriptor)

@@ -12,12 +12,13 @@ import sys
 import threading
 import time
 
+import full_disk
 import pytest
 import sample_groups
 
 from forge_jax import errors
 from forge_jax.pool import index as index_lib
-from forge_jax.pool import records, segment, store
+from forge_jax.pool import segment, store
 
 
 def fill(path, count, segment_bytes=2**20):
@@ -42,25 +43,33 @@ def assert_holds(pool, indices):
     sample_groups.assert_same(expected, pool.get(index))
 
 
-@pytest.mark.parametrize("segment_bytes", [1, 5000, 2**20])
-def test_groups_survive_reopening_and_rotation(tmp_path, segment_bytes):
-  files = fill(tmp_path / "a" / "pool", 7, segment_bytes)
-  assert (len(files) > 1) == (segment_bytes < 2**20)
-  with store.DataPool.open(tmp_path / "a" / "pool") as pool:
-    assert_holds(pool, range(7))
-    pool.append(sample_groups.make_group(9, seed=9))
-    assert len(pool) == 8 and 9 in pool and 8 not in pool
-  with store.DataPool.open(tmp_path / "a" / "pool", readonly=True) as pool:
-    assert_holds(pool, [*range(7), 9])
+def test_an_append_is_synced_before_its_row_is_committed(tmp_path, monkeypatch):
+  calls = []
 
+  def note(name, function):
+    def call(*arguments, **named):
+      done = function(*arguments, **named)
+      calls.append(name)
+      return done
 
-def test_a_second_append_of_an_index_changes_nothing(tmp_path):
-  (file,) = fill(tmp_path, 1)
-  size = file.stat().st_size
-  with store.DataPool.open(tmp_path) as pool:
-    pool.append(sample_groups.make_group(0, seed=99))
-    assert file.stat().st_size == size
-    assert_holds(pool, [0])
+    return call
+
+  monkeypatch.setattr(os, "writev", note("write", os.writev))
+  monkeypatch.setattr(os, "fdatasync", note("sync", os.fdatasync))
+  monkeypatch.setattr(segment, "sync_folder", note("folder", lambda path: None))
+  with store.DataPool.open(tmp_path / "pool") as pool:
+    assert "folder" in calls  # the parent of the folder just made
+    monkeypatch.setattr(pool.index, "add", note("commit", pool.index.add))
+    calls.clear()
+    pool.append(sample_groups.make_group(0))
+    assert calls == ["folder", "write", "sync", "commit"]
+    calls.clear()
+    pool.append(sample_groups.make_group(1))
+    assert calls == ["write", "sync", "commit"]
+  monkeypatch.undo()
+  mode = "PRAGMA synchronous"
+  with store.DataPool.open(tmp_path / "pool") as pool:
+    assert pool.index.database.execute(mode).fetchall() == [(2,)]  # FULL
 
 
 def test_a_torn_tail_is_cut_with_a_warning(tmp_path, caplog):
@@ -150,7 +159,7 @@ def test_a_damaged_last_record_is_an_error_only_if_it_was_acknowledged(
 
 
 @pytest.mark.parametrize("clean", [False, True])
-def test_a_damaged_index_is_made_again(tmp_path, clean):
+def test_a_damaged_index_is_made_again(tmp_path, clean, caplog):
   fill(tmp_path / "pool", 4, segment_bytes=5000)
   size = (tmp_path / "pool" / "index.sqlite").stat().st_size
   rng = random.Random(1)
@@ -165,8 +174,10 @@ def test_a_damaged_index_is_made_again(tmp_path, clean):
     (copy / "index.sqlite").write_bytes(data)
     if not clean:
       (copy / "index.clean").unlink()
+    caplog.clear()
     with store.DataPool.open(copy) as pool:
       assert_holds(pool, range(4))
+    assert ("does not agree" in caplog.text) == clean
 
 
 def test_a_short_segment_is_an_error(tmp_path):
@@ -232,69 +243,6 @@ def test_places_that_cannot_be_a_pool(tmp_path):
     store.PoolConfig(segment_bytes=0)
 
 
-def test_unknown_groups_and_closed_pools_are_named(tmp_path):
-  fill(tmp_path, 2)
-  pool = store.DataPool.open(tmp_path)
-  with pytest.raises(errors.PoolError, match="group 5 is not among its 2"):
-    pool.get(5)
-  pool.close()
-  pool.close()
-  with pytest.raises(errors.PoolError, match="closed"):
-    pool.append(sample_groups.make_group(2))
-
-
-class Disk:
-  """Makes segment writes stop when `room` bytes are left."""
-
-  def __init__(self, monkeypatch, room):
-    self.room, self._writev = room, os.writev
-    monkeypatch.setattr(os, "writev", self.writev)
-
-  def writev(self, descriptor, buffers):
-    if not self.room:
-      raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    data = b"".join(buffers)[: self.room]
-    self.room -= len(data)
-    return self._writev(descriptor, [data])
-
-
-@pytest.mark.parametrize("segment_bytes", [1, 2**20])
-@pytest.mark.parametrize("room", [0, 20, segment.HEADER_BYTES, 500])
-def test_a_full_disk_leaves_the_pool_good(
-  tmp_path, monkeypatch, segment_bytes, room
-):
-  fill(tmp_path, 2, segment_bytes)
-  config = store.PoolConfig(segment_bytes, full_disk_seconds=0)
-  with store.DataPool.open(tmp_path, config) as pool:
-    for _ in range(2):
-      with monkeypatch.context() as patch:
-        Disk(patch, room)
-        with pytest.raises(errors.PoolError, match=r"group 2 .*No space left"):
-          pool.append(sample_groups.make_group(2, seed=2))
-      assert_holds(pool, range(2))
-    with store.DataPool.open(tmp_path, readonly=True) as reader:
-      assert_holds(reader, range(2))
-    pool.append(sample_groups.make_group(2, seed=2))
-    assert_holds(pool, range(3))
-  with store.DataPool.open(tmp_path) as pool:
-    assert_holds(pool, range(3))
-
-
-def test_an_append_waits_for_space_and_goes_on(tmp_path, monkeypatch, caplog):
-  with store.DataPool.open(tmp_path) as pool:
-    disk = Disk(monkeypatch, 10)
-    thread = threading.Thread(
-      target=pool.append, args=(sample_groups.make_group(0, seed=0),)
-    )
-    thread.start()
-    while "No space left" not in caplog.text:
-      time.sleep(0.01)
-    assert thread.is_alive() and pool.indices() == []
-    disk.room = 10**9
-    thread.join()
-    assert_holds(pool, [0])
-
-
 def test_an_index_without_space_is_waited_for(tmp_path, caplog):
   with store.DataPool.open(tmp_path) as pool:
     database = pool.index.database
@@ -326,7 +274,7 @@ def test_closing_ends_the_wait_for_space(tmp_path, monkeypatch, caplog):
       failures.append(str(error))
 
   pool = store.DataPool.open(tmp_path)
-  Disk(monkeypatch, 0)
+  full_disk.Disk(monkeypatch, 0)
   thread = threading.Thread(target=append)
   thread.start()
   while "No space left" not in caplog.text:
@@ -351,74 +299,6 @@ def test_nothing_is_written_after_a_failed_sync(tmp_path, monkeypatch):
   pool.close()
   with store.DataPool.open(tmp_path) as pool:
     assert_holds(pool, range(1))
-
-
-def test_claims_are_kept_once_and_as_they_were(tmp_path):
-  first = records.Claim(1, trained=(0, 2))
-  second = records.Claim(2, trained=(3, 1), dropped=(4,), again=(5,))
-  with store.DataPool.open(tmp_path) as pool:
-    pool.claim(first)
-    pool.claim(second)
-    pool.claim(first)
-    with pytest.raises(errors.PoolError, match="step 2 has another claim"):
-      pool.claim(records.Claim(2, trained=(3,)))
-  lose_index(tmp_path)
-  with store.DataPool.open(tmp_path) as pool:
-    assert pool.claims() == [first, second] and pool.claims(2) == [second]
-    assert second.consumed == (3, 1, 4, 5)
-
-
-def test_notes_keep_their_order(tmp_path):
-  said = [(3, {"perf": 1.0}), (1, {"by": "é"}), (3, {"perf": 0.0})]
-  with store.DataPool.open(tmp_path) as pool:
-    for group, record in said:
-      pool.annotate(group, record)
-    with pytest.raises(errors.PoolError, match="group 4 does not fit"):
-      pool.annotate(4, {"bad": object()})
-  lose_index(tmp_path)
-  with store.DataPool.open(tmp_path, readonly=True) as pool:
-    assert [(n.group, n.record) for n in pool.notes()] == said
-
-
-def test_what_is_known_without_the_tokens(tmp_path):
-  group = sample_groups.make_group(7, episodes=3, turns=2)
-  with store.DataPool.open(tmp_path) as pool:
-    pool.append(group)
-    pool.append(sample_groups.make_group(8, episodes=0))
-    info, empty = pool.infos()
-    assert pool.info(7) == info and pool.infos(8) == [empty]
-  assert (info.index, info.task, info.domain) == (7, "sums/train/7", "sums")
-  assert (info.episodes, info.completed, info.completions) == (3, 1, 6)
-  assert (info.request_tokens, info.response_tokens) == (3 * 10, 3 * 5)
-  assert (info.number, info.attempt) == (7, 0)
-  assert info.version == group.version
-  assert info.perf == pytest.approx(0.3) and empty.perf == 0.0
-  assert info.bytes > 0 and empty.version is None
-
-
-def test_threads_may_append_and_read_at_once(tmp_path):
-  failures = []
-
-  def work(pool, worker):
-    try:
-      for index in range(worker, 40, 4):
-        pool.append(sample_groups.make_group(index, seed=index))
-        assert pool.get(index).index == index
-    except (AssertionError, errors.PoolError) as failure:
-      failures.append(failure)
-
-  with store.DataPool.open(tmp_path, store.PoolConfig(9000)) as pool:
-    threads = [
-      threading.Thread(target=work, args=(pool, worker)) for worker in range(4)
-    ]
-    for thread in threads:
-      thread.start()
-    for thread in threads:
-      thread.join()
-    assert not failures
-    assert_holds(pool, range(40))
-  with store.DataPool.open(tmp_path) as pool:
-    assert pool.indices() == list(range(40))
 
 
 _WRITER = """
