@@ -5,7 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from forge_jax import errors, paths, settings
+from forge_jax import errors, paths, settings, types
 from forge_jax.agents import react
 from forge_jax.engine import engine as engine_lib
 from forge_jax.engine import grammar
@@ -14,7 +14,9 @@ from forge_jax.gateway import tokenizer as tokenizer_lib
 from forge_jax.model import decoder as decoder_lib
 from forge_jax.model import files, sharding
 from forge_jax.observe import metrics as metrics_lib
-from forge_jax.pool import window
+from forge_jax.pool import chain, curation, replay, window
+from forge_jax.pool import queue as queue_lib
+from forge_jax.pool import store as store_lib
 from forge_jax.rollout import evaluation, host
 from forge_jax.tasks import base as tasks_base
 from forge_jax.tasks import mixture, word_problems
@@ -32,6 +34,7 @@ _SECTIONS = {
   "agent": react.ReactConfig,
   "checkpoint": checkpoint.CheckpointConfig,
   "credit": credit.CreditConfig,
+  "curation": curation.CurationConfig,
   "engine": engine_lib.EngineConfig,
   "eval": evaluation.EvalConfig,
   "gateway": server.GatewayConfig,
@@ -75,7 +78,9 @@ class Blueprint:
       (trainer.TrainerConfig, {}),
       (update.UpdateConfig, {"block": packs.block}),
     )
+    curated: curation.CurationConfig = self.parts["curation"]
     groups = self._step.groups_per_step
+    groups -= curated.replayed(groups)
     self.rollout, self.window = settings.shared_section(
       values["rollout"],
       "rollout",
@@ -119,6 +124,23 @@ class Blueprint:
         f"which the mesh axes {sharding.BATCH_AXES} split a batch"
       )
     return update.Updater(decoder, self._update, mesh)
+
+  def queue(self, store: store_lib.DataPool) -> queue_lib.GroupQueue:
+    """The queue over a pool, with its curation."""
+    config: curation.CurationConfig = self.parts["curation"]
+
+    def trains(group: types.Group) -> bool:
+      return bool(credit.assign_credit([group], self.parts["credit"])[0])
+
+    old = config.replayed(self._step.groups_per_step)
+    return queue_lib.GroupQueue(
+      store,
+      self.window,
+      chain.build(config, store, trains),
+      replay.Replay(store, old, config.replay_steps, self.seed)
+      if old
+      else None,
+    )
 
   def trainer(
     self, updater: update.Updater, vocab_size: int

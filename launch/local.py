@@ -83,7 +83,7 @@ class LocalRun:
         self._workdir, plan.parts["checkpoint"]
       )
       stack.callback(checkpointer.close)
-      queue = queue_lib.GroupQueue(store, plan.window)
+      queue = plan.queue(store)
       stack.callback(queue.close)
       loop.restore(trainer, queue, checkpointer)
       services = plan.services(updater.decoder(trainer.state), trainer.step)

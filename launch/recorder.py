@@ -131,6 +131,7 @@ class Recorder:
         **self._meter.end_step(),
         **self.training_yield.values(),
         **self._live_values(),
+        **queue.curated(),
         names.TIME_ELAPSED: self.elapsed(),
         names.MEMORY_RSS_GB: peak_rss_gb(),
       },

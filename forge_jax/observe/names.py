@@ -54,6 +54,20 @@ QUEUE_OVER_LAG = "queue/over_lag"  # groups so far that were trained over the
 QUEUE_EXPIRED = "queue/expired"  # groups so far that were dropped for it, each
 # task submitted again
 
+CURATION_ZERO_VARIANCE = "curation/zero_variance"  # groups so far that were
+# dropped because all their advantages are 0; likewise the following
+CURATION_LENGTH = "curation/length"  # for their length
+CURATION_STALENESS = "curation/staleness"  # for the age of their tokens
+CURATION_DUPLICATES = "curation/duplicates"  # because they repeat another
+CURATION_QUOTAS = "curation/quotas"  # over their domain's quota twice
+CURATION_OVERLONG_DROPPED = "curation/overlong_dropped"  # for a cut-off episode
+CURATION_OVERLONG = "curation/overlong"  # groups whose overlong episodes were
+# masked or penalised
+CURATION_RESCORED = "curation/rescored"  # groups with later scores applied
+CURATION_WAITED = "curation/waited"  # groups put off to the next batch
+CURATION_RESUBMITTED = "curation/resubmitted"  # dropped tasks that come again
+CURATION_REPLAYED = "curation/replayed"  # groups trained once more
+
 WEIGHTS_VERSION = "weights/version"  # the version that the engine samples from
 LAG_MEAN = "lag/mean"  # trainer steps between sampling and training a token
 LAG_MAX = "lag/max"

@@ -15,18 +15,21 @@ The host calls `admit` on an asyncio loop and `complete` on worker threads;
 the trainer calls `take` and `commit` on its own thread.
 """
 
-import asyncio
 import collections
 from collections.abc import Callable, Mapping
-import dataclasses
 import threading
 import time
 from typing import Any
 
 from forge_jax import errors, types
+from forge_jax.observe import names
+from forge_jax.pool import curation as curation_lib
+from forge_jax.pool import draft as draft_lib
 from forge_jax.pool import progress as progress_lib
 from forge_jax.pool import records, windowed_fifo
+from forge_jax.pool import replay as replay_lib
 from forge_jax.pool import store as store_lib
+from forge_jax.pool import waiter as waiter_lib
 from forge_jax.pool import window as window_lib
 
 
@@ -38,12 +41,18 @@ class GroupQueue:
   """
 
   def __init__(
-    self, store: store_lib.DataPool, config: window_lib.WindowConfig
+    self,
+    store: store_lib.DataPool,
+    config: window_lib.WindowConfig,
+    curation: curation_lib.Curation | None = None,
+    replay: replay_lib.Replay | None = None,
   ):
     self._store = store
     self._config = config
+    self._curation = curation or curation_lib.Curation()
+    self._replay = replay
     self._changed = threading.Condition()
-    self._waiters: set[_Waiter] = set()
+    self._waiters: set[waiter_lib.Waiter] = set()
     self._failure: BaseException | None = None
     self.io_tokens = 0  # made durable by `complete`, each request's own
     self.io_seconds = 0.0  # spent on it
@@ -64,7 +73,7 @@ class GroupQueue:
         self._require_alive()
         if self._scheduler.admissible(self._trained_steps):
           return self._scheduler.submit(self._trained_steps)
-        waiter = _Waiter()
+        waiter = waiter_lib.Waiter()
         self._waiters.add(waiter)
       try:
         await waiter.future
@@ -107,7 +116,7 @@ class GroupQueue:
     groups are all consumed but its head would otherwise never fill a batch.
 
     Args:
-      count: number of groups.
+      count: number of groups, those that are replayed included.
       timeout: seconds to wait; None: for ever.
 
     Raises:
@@ -117,21 +126,14 @@ class GroupQueue:
       BaseException: what was passed to `fail`.
     """
     end = None if timeout is None else time.monotonic() + timeout
-    known = self._known_claims.get(self._next_step)
+    step = self._next_step
+    fresh = count - (self._replay.count if self._replay else 0)
+    known = self._known_claims.get(step)
     if known is not None:
-      return self._take_again(known, count, end)
-    while len(self._gathered) < count:
-      tickets = self._gather(count, end)
-      # Read without the lock: host and other readers go on.
-      self._gathered += [(t, self._store.get(t.index)) for t in tickets]
-    batch = sorted(self._gathered[:count])
-    claim = _Claim([t for t, _ in batch], self._dropped)
-    self._store.claim(claim.record(self._next_step))
-    with self._changed:
-      self._require_alive()
-      self._gathered, self._dropped = self._gathered[count:], []
-      self._claims.append(claim)
-    return [group for _, group in batch]
+      groups = self._take_again(known, fresh, end)
+    else:
+      groups = self._take_new(step, fresh, end)
+    return replay_lib.spread(groups, self._replayed(step))
 
   def commit(self, step: int) -> None:
     """Notes that the oldest claimed batch has been trained.
@@ -153,6 +155,7 @@ class GroupQueue:
         self._progress.drop(ticket, again)
       for ticket in claim.trained:
         self._progress.train(ticket)
+      self._curated = claim.curated
       self._trained_steps = step
       self._notify()
 
@@ -173,6 +176,7 @@ class GroupQueue:
       return {
         "trained_steps": self._trained_steps,
         **self._progress.state(),
+        "curation": self._curated,
       }
 
   def restore(self, state: Mapping[str, Any]) -> None:
@@ -186,8 +190,13 @@ class GroupQueue:
     """
     with self._changed:
       self._trained_steps = state["trained_steps"]
+      self._curation.restore(state["curation"])
       self._begin(progress_lib.Progress.restore(state))
       self._notify()
+
+  def curated(self) -> Mapping[str, int]:
+    """What the curation has done so far: counts by metric."""
+    return dict(self._curation.counts)
 
   def stats(self) -> Mapping[str, int]:
     """The window's figures, for people and metrics; all are counts."""
@@ -205,13 +214,15 @@ class GroupQueue:
       )
     self._known_claims = claims
     self._progress = progress  # what was committed
-    self._claims: collections.deque[_Claim] = collections.deque()
-    # For the batch that `take` waits for: what is claimed, what was dropped.
-    self._gathered: list[tuple[progress_lib.Ticket, types.Group]] = []
-    self._dropped: list[tuple[progress_lib.Ticket, bool]] = []
+    self._curated = self._curation.state()  # likewise
+    self._claims: collections.deque[draft_lib.Claim] = collections.deque()
     waiting = [i for i in self._store.indices() if i not in progress.consumed]
     self._scheduler = windowed_fifo.WindowedFifo(
       self._config, progress, map(self._stored_ticket, waiting)
+    )
+    # The batch that `take` waits for.
+    self._draft = draft_lib.Draft(
+      self._curation, self._scheduler, self._changed
     )
 
   def _stored_ticket(self, index: int) -> progress_lib.Ticket:
@@ -223,6 +234,26 @@ class GroupQueue:
   def _next_step(self) -> int:
     """The step that the next batch is for."""
     return self._trained_steps + len(self._claims) + 1
+
+  def _take_new(
+    self, step: int, fresh: int, end: float | None
+  ) -> list[types.Group]:
+    """Gathers and claims the batch of step number `step`."""
+    draft = self._draft
+    draft.call_up(step - 1, fresh)
+    while len(draft.kept) < fresh:
+      for ticket in self._gather(fresh, end):
+        # Read without the lock: host and other readers go on.
+        group = self._store.get(ticket.index)
+        draft.examine(ticket, group, step - 1, fresh)
+      with self._changed:
+        self._notify()  # what was dropped makes room
+    claim, groups = draft.claim(step - 1)
+    self._store.claim(claim.record(step))
+    with self._changed:
+      self._require_alive()
+      self._claims.append(claim)
+    return groups
 
   def _take_again(
     self, known: records.Claim, count: int, end: float | None
@@ -244,9 +275,31 @@ class GroupQueue:
       ]
       for ticket, again in dropped:
         scheduler.drop(ticket, again)
-      self._claims.append(_Claim(trained, dropped))
+      step = self._trained_steps + len(self._claims)
+      moment = curation_lib.Moment(step, (), count)
+    groups = [
+      self._curation.edit(self._store.get(index), moment)
+      for index in known.trained
+    ]
+    self._curation.remember(groups)
+    with self._changed:
+      self._claims.append(
+        draft_lib.Claim(trained, dropped, self._curation.state())
+      )
       self._notify()
-    return [self._store.get(index) for index in known.trained]
+    return groups
+
+  def _replayed(self, step: int) -> list[types.Group]:
+    """Groups of earlier steps for step number `step`."""
+    if self._replay is None:
+      return []
+    moment = curation_lib.Moment(step - 1, (), 0)
+    old = [
+      self._curation.edit(self._store.get(index), moment)
+      for index in self._replay.draw(step)
+    ]
+    self._curation.counts[names.CURATION_REPLAYED] += len(old)
+    return old
 
   def _wait(
     self, ready: Callable[[], Any], count: int, end: float | None
@@ -268,10 +321,10 @@ class GroupQueue:
       self._wait(scheduler.available, count, end)
       step = self._trained_steps + len(self._claims)
       taken, expired = scheduler.take(
-        min(count - len(self._gathered), scheduler.available()), step
+        min(count - len(self._draft.kept), scheduler.available()), step
       )
       self._over_lag += sum(scheduler.lag(t, step) > 0 for t in taken)
-      self._dropped += [(ticket, True) for ticket in expired]
+      self._draft.dropped += [(ticket, True) for ticket in expired]
       self._expired += len(expired)
       self._notify()
       return taken
@@ -281,7 +334,7 @@ class GroupQueue:
     return {
       "trained_steps": self._trained_steps,
       "claimed": sum(len(c.trained) for c in self._claims)
-      + len(self._gathered),
+      + len(self._draft.kept),
       "head": scheduler.head,
       "submitted": scheduler.submitted,
       "in_progress": scheduler.in_progress,
@@ -304,42 +357,9 @@ class GroupQueue:
       waiter.wake()
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Claim:
-  """A batch and what was dropped while it was gathered."""
-
-  trained: list[progress_lib.Ticket]
-  dropped: list[tuple[progress_lib.Ticket, bool]]  # whether again
-
-  def record(self, step: int) -> records.Claim:
-    """What the store keeps of it."""
-    return records.Claim(
-      step,
-      trained=tuple(ticket.index for ticket in self.trained),
-      dropped=tuple(t.index for t, again in self.dropped if not again),
-      again=tuple(t.index for t, again in self.dropped if again),
-    )
-
-
 def _tokens(group: types.Group) -> int:
   return sum(
     len(completion.prompt_ids) + len(completion.response_ids)
     for episode in group.episodes
     for completion in episode.completions
   )
-
-
-class _Waiter:
-  """A coroutine that waits for a change made on another thread."""
-
-  def __init__(self):
-    self._loop = asyncio.get_running_loop()
-    self.future: asyncio.Future[None] = self._loop.create_future()
-
-  def wake(self) -> None:
-    if not self._loop.is_closed():
-      self._loop.call_soon_threadsafe(self._set)
-
-  def _set(self) -> None:
-    if not self.future.done():
-      self.future.set_result(None)

@@ -197,9 +197,9 @@ class DataPool:
       note = records.Note(number, group, record)
       new = self._append(records.note_record(note), f"a note on group {group}")
 
-  def notes(self) -> list[records.Note]:
-    """What was said about groups, in the order it was said."""
-    rows = self.index.rows(records.NOTE)
+  def notes(self, first: int = 0) -> list[records.Note]:
+    """What was said about groups, from note `first` on, in its order."""
+    rows = self.index.rows(records.NOTE, first)
     return [records.read_note(row.key, row.head) for row in rows]
 
   def close(self) -> None:

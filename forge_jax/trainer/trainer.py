@@ -2,7 +2,7 @@
 
 Invariants:
   - `step` counts trainer steps taken; the weights' version is `step`.
-  - A step takes its groups in submission order and makes `minibatches`
+  - A step takes its groups in the order of the batch and makes `minibatches`
     updates, each normalised by its own groups' response tokens.
   - After `step(groups)` returns, the state is that of step + 1 and the old
     one's buffers are gone: published weights must be copies.
@@ -10,6 +10,7 @@ Invariants:
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
+import itertools
 import logging
 import time
 from typing import Any
@@ -84,7 +85,8 @@ class Trainer:
     """One trainer step.
 
     Args:
-      groups: `groups_per_step` groups.
+      groups: `groups_per_step` groups, in the order of their updates; a first
+        step may have fewer.
       give_up: called while nothing of the state has changed; what it raises
         ends the step, and the trainer is as before.
 
@@ -94,9 +96,7 @@ class Trainer:
     Raises:
       SampleError: a group holds a malformed completion.
     """
-    groups = sorted(groups, key=lambda group: group.index)
-    size = len(groups) // self.config.minibatches
-    parts = [groups[i : i + size] for i in range(0, len(groups), size)]
+    parts = self._split(groups)
     sums, norms, credits, packs, updates = None, [], [], [], []
     data_seconds = 0.0
     for i, part in enumerate(parts):
@@ -130,6 +130,14 @@ class Trainer:
     metrics[names.TIME_DATA] = data_seconds
     self.step += 1
     return metrics
+
+  def _split(
+    self, groups: Sequence[types.Group]
+  ) -> list[Sequence[types.Group]]:
+    """The groups of each update: as many in each, but for one."""
+    count = min(self.config.minibatches, len(groups))
+    ends = [len(groups) * i // count for i in range(count + 1)]
+    return [groups[a:b] for a, b in itertools.pairwise(ends)]
 
   def _accumulate(
     self,

@@ -244,6 +244,7 @@ async def run_to_crash(pool):
 async def test_a_restart_resubmits_exactly_the_missing(pool):
   state = await run_to_crash(pool)
   assert state == {
+    "curation": {"counts": {}, "memory": {}},
     "trained_steps": 2,
     "consumed": {"head": 3, "beyond": [4]},
     "finished": {"head": 3, "beyond": [4]},

@@ -22,6 +22,7 @@ from forge_jax.model import config as model_config
 from forge_jax.model import decoder as decoder_lib
 from forge_jax.model import huggingface
 from forge_jax.observe import metrics as metrics_lib
+from forge_jax.observe import names
 from forge_jax.pool import store
 from forge_jax.trainer import checkpoint
 from launch import build, local
@@ -204,6 +205,36 @@ def test_a_run_leaves_what_it_promises(values, tmp_path):
     np.testing.assert_array_equal(exported[name], value)
   tokenizer = tokenizer_lib.load_tokenizer(tmp_path / "exported")
   assert tokenizer.decode(tokenizer.encode("CALC(5 + 8)")) == "CALC(5 + 8)"
+
+
+def test_a_curated_run_counts_what_it_drops_and_replays(values, tmp_path):
+  values["steps"] = 3
+  values["eval"] |= {"heldout": 0, "phrasings": 0, "every": 0}
+  values["curation"] |= {
+    "zero_variance": True,
+    "min_tokens": 1,
+    "replay": 0.25,
+    "resubmit": ("zero_variance",),
+  }
+  local.LocalRun(values, tmp_path / "run").train()
+  events = list(metrics_lib.read_jsonl(tmp_path / "run/metrics.jsonl"))
+  counts = [
+    {k: v for k, v in e.values.items() if k.startswith("curation/")}
+    for e in events
+    if "train/loss" in e.values
+  ]
+  assert [c[names.CURATION_REPLAYED] for c in counts] == [0, 1, 2]
+  assert counts[-1][names.CURATION_LENGTH] == 0
+  with store.DataPool.open(tmp_path / "run/pool", readonly=True) as pool:
+    claims = pool.claims()
+    trained = [pool.get(i) for claim in claims for i in claim.trained]
+  # Three new groups a step, each of which has something to tell apart.
+  assert [len(claim.trained) for claim in claims] == [3, 3, 3]
+  assert all(len({e.perf for e in group.episodes}) > 1 for group in trained)
+  dropped = sum(len(claim.dropped) + len(claim.again) for claim in claims)
+  assert counts[-1][names.CURATION_ZERO_VARIANCE] == dropped
+  again = sum(len(claim.again) for claim in claims)
+  assert counts[-1].get(names.CURATION_RESUBMITTED, 0) == again
 
 
 def test_a_working_directory_keeps_one_configuration(values, tmp_path):
