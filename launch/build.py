@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from flax import nnx
 import jax.numpy as jnp
 
 from forge_jax import errors, paths, settings, types
@@ -12,7 +13,7 @@ from forge_jax.engine import grammar
 from forge_jax.gateway import server
 from forge_jax.gateway import tokenizer as tokenizer_lib
 from forge_jax.model import decoder as decoder_lib
-from forge_jax.model import files, sharding
+from forge_jax.model import files, mtp, sharding
 from forge_jax.observe import metrics as metrics_lib
 from forge_jax.pool import chain, curation, replay, window
 from forge_jax.pool import queue as queue_lib
@@ -97,15 +98,24 @@ class Blueprint:
     return mixture.TaskMixture(self.domains, self._weights, "train", self.seed)
 
   def load_decoder(self) -> decoder_lib.Decoder:
-    """Reads the model.
+    """Reads the model; gives it modules that draft, if it lacks those asked for.
 
     Raises:
       CheckpointError: it is missing or malformed.
     """
     model = self.values["model"]
     config, params = files.read_model(model["path"])
-    return decoder_lib.Decoder.from_params(
+    decoder = decoder_lib.Decoder.from_params(
       config, params, dtype=jnp.dtype(model["dtype"])
+    )
+    modules = model["mtp_modules"]
+    if modules in (0, config.mtp_modules):  # as in the file
+      return decoder
+    return mtp.grow(
+      decoder,
+      modules,
+      init=model["mtp_init"],
+      rngs=nnx.Rngs(params=self.seed),
     )
 
   def load_tokenizer(self) -> Any:

@@ -35,6 +35,8 @@ class RopeScaling:
 class Flops:
   """Floating-point operations of a forward and a backward pass.
 
+  Of the trunk: modules that predict further tokens are not counted.
+
   A multiplication and an addition count as two. The backward pass costs two
   forward passes; what it recomputes is not counted, nor is elementwise work.
   """
@@ -68,6 +70,7 @@ class ModelConfig:
   out_bias: bool = False
   mlp_bias: bool = False
   qk_norm: bool = False
+  mtp_modules: int = 0  # multi-token-prediction modules; see model/mtp.py
 
   def __post_init__(self):
     if self.num_heads % self.num_kv_heads:
@@ -78,6 +81,10 @@ class ModelConfig:
     if self.head_dim % 2:
       raise errors.ConfigError(
         f"head_dim={self.head_dim} is odd; rotary positions need it even"
+      )
+    if self.mtp_modules < 0:
+      raise errors.ConfigError(
+        f"mtp_modules={self.mtp_modules}; expected 0 or more"
       )
 
   def flops(self) -> Flops:

@@ -11,6 +11,12 @@ Parameters live under '/'-joined names, the contract with every file format:
   layers/attention/out/kernel [L, H*C, D]          (+ bias)
   layers/attention/{query_norm,key_norm}/scale [L, C]   (with qk_norm)
   layers/mlp/{gate,up}/kernel [L, D, F]   layers/mlp/down/kernel [L, F, D]
+
+and, of each module n that predicts a further token (`mtp.py`):
+
+  mtp/<n>/{embed_norm,hidden_norm,final_norm}/scale [D]
+  mtp/<n>/project/kernel [2D, D]          rows: the token's half, the state's
+  mtp/<n>/layer/...                       as in layers/..., without L
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -73,6 +79,12 @@ class Decoder(nnx.Module):
       None
       if config.tied_embeddings
       else layers_lib.Embed(config.vocab_size, config.width, rngs=rngs)
+    )
+    self.mtp = nnx.List(
+      [
+        layers_lib.MtpModule(config, rngs=rngs)
+        for _ in range(config.mtp_modules)
+      ]
     )
 
   def hidden(

@@ -132,7 +132,29 @@ def file_tensors(
   config: model_config.ModelConfig,
 ) -> list[params_lib.FileTensor]:
   """The tensors of a decoder's safetensors, in their order."""
-  return params_lib.locate(config, _NAMES)
+  return params_lib.locate(config, _NAMES | _mtp_names(config))
+
+
+def _mtp_names(config: model_config.ModelConfig) -> dict[str, str]:
+  """Modules' tensors: layers behind the last, named as in DeepSeek-V3's files.
+
+  A file's `eh_proj` reads the token's half first, as `project` does.
+  """
+  names = {}
+  for module in range(config.mtp_modules):
+    layer = config.num_layers + module
+    start, stem = f"mtp/{module}/", f"model.layers.{layer}."
+    names |= {
+      f"{start}embed_norm": f"{stem}enorm",
+      f"{start}hidden_norm": f"{stem}hnorm",
+      f"{start}project": f"{stem}eh_proj",
+      f"{start}final_norm": f"{stem}shared_head.norm",
+    } | {
+      f"{start}layer/{name.removeprefix('layers/')}": file.format(layer=layer)
+      for name, file in _NAMES.items()
+      if name.startswith("layers/")
+    }
+  return names
 
 
 def _open_tensors(

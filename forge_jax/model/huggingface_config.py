@@ -18,6 +18,7 @@ _CLASSES = {
   "qwen2": "Qwen2ForCausalLM",
   "qwen3": "Qwen3ForCausalLM",
 }
+_MTP = "num_nextn_predict_layers"  # DeepSeek-V3's name; absent: none
 # What each known scaling may state, beside rope_type, rope_theta and factor.
 _SCALING_KEYS = {
   "default": set(),
@@ -133,6 +134,7 @@ def from_json(
     out_bias=family != "qwen2" and bias,
     mlp_bias=family == "llama" and json.get("mlp_bias", False),
     qk_norm=family == "qwen3",
+    mtp_modules=int(json.number(_MTP, 0)),
   )
 
 
@@ -172,7 +174,7 @@ def to_json(config: model_config.ModelConfig, dtype: str) -> dict[str, Any]:
     "rope_parameters": {"rope_theta": c.rope_theta, **rope},
     "torch_dtype": dtype,
     "dtype": dtype,
-  }
+  } | ({_MTP: c.mtp_modules} if c.mtp_modules else {})
 
 
 def _family(config: model_config.ModelConfig) -> str:

@@ -116,6 +116,29 @@ class DecoderLayer(nnx.Module):
     return x + self.mlp(self.mlp_norm(x))
 
 
+class MtpModule(nnx.Module):
+  """Predicts one token further than the trunk has seen; see `mtp.py`."""
+
+  def __init__(self, config: model_config.ModelConfig, *, rngs: nnx.Rngs):
+    self.embed_norm = RMSNorm(config.width, config.norm_eps)
+    self.hidden_norm = RMSNorm(config.width, config.norm_eps)
+    self.project = Linear(2 * config.width, config.width, rngs=rngs)
+    self.layer = DecoderLayer(config, rngs=rngs)
+    self.final_norm = RMSNorm(config.width, config.norm_eps)
+
+  def __call__(
+    self,
+    embedded: jnp.ndarray,
+    before: jnp.ndarray,
+    angles: Angles,
+    attend: Attend,
+  ) -> jnp.ndarray:
+    """Hidden states [..., D] from tokens' vectors and the states before them."""
+    both = [self.embed_norm(embedded), self.hidden_norm(before)]
+    x = self.project(jnp.concatenate(both, axis=-1))
+    return self.final_norm(self.layer(x, angles, attend))
+
+
 class Embed(nnx.Module):
   """A table of token vectors, read as input or multiplied as LM head."""
 

@@ -67,9 +67,14 @@ def shapes(config: model_config.ModelConfig) -> dict[str, tuple[int, ...]]:
     layer[f"{name}/kernel"] = (inputs, outputs)
     if bias:
       layer[f"{name}/bias"] = (outputs,)
-  return table | {
-    _LAYER + name: (c.num_layers, *shape) for name, shape in layer.items()
-  }
+  table |= {_LAYER + n: (c.num_layers, *shape) for n, shape in layer.items()}
+  for module in range(c.mtp_modules):
+    start = f"mtp/{module}/"
+    for norm in ("embed_norm", "hidden_norm", "final_norm"):
+      table[f"{start}{norm}/scale"] = (c.width,)
+    table[f"{start}project/kernel"] = (2 * c.width, c.width)
+    table |= {f"{start}layer/{name}": shape for name, shape in layer.items()}
+  return table
 
 
 def locate(

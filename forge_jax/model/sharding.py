@@ -28,6 +28,7 @@ RULES = (
   (r"^layers/mlp/(gate|up)/kernel$", P(None, "fsdp", "tensor")),
   (r"^layers/mlp/(gate|up)/bias$", P(None, "tensor")),
   (r"^layers/mlp/down/kernel$", P(None, "tensor", "fsdp")),
+  (r"^mtp/\d+/project/kernel$", P("fsdp")),
   (r"", P()),  # norms and output biases are replicated
 )
 
@@ -84,7 +85,9 @@ def check_divisible(model: model_config.ModelConfig, mesh: Mesh) -> None:
 
 def spec_of(name: str) -> P:
   """The placement of the parameter of a '/'-joined name."""
-  return next(spec for rule, spec in RULES if re.search(rule, name))
+  stacked = re.sub(r"^mtp/\d+/layer/", "layers/", name)
+  spec = next(spec for rule, spec in RULES if re.search(rule, stacked))
+  return spec if stacked == name else P(*spec[1:])  # without the axis L
 
 
 def place(tree, mesh: Mesh):
@@ -102,7 +105,7 @@ def placements(tree, mesh: Mesh):
   def placement(path, leaf):
     name = "/".join(str(getattr(k, "key", getattr(k, "name", k))) for k in path)
     name = re.sub(r"/(value|0)$", "", name)
-    start = re.search(r"(embed|head|layers|final_norm)/", name)
+    start = re.search(r"(mtp|embed|head|layers|final_norm)/", name)
     spec = spec_of(name[start.start() :]) if start else P()
     return NamedSharding(mesh, spec if len(spec) <= leaf.ndim else P())
 

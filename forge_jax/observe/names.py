@@ -19,6 +19,10 @@ RATIO_CLIPPED = "ratio/clipped"  # share of tokens whose ratio is clipped, 0..1
 MISMATCH_MEAN = "mismatch/mean"  # |engine - trainer log-probability|, nats,
 MISMATCH_MAX = "mismatch/max"  # over tokens sampled by the same weights
 
+# Of the modules that draft, by their number from 1 on: "mtp/kl_1", ...
+MTP_KL = "mtp/kl"  # from the policy to the draft at the trained tokens, nats
+MTP_ACCEPTED = "mtp/accepted"  # probability that a drafted token is accepted
+
 TREE_REQUEST_TOKENS = "tree/request_tokens"  # before merging, in the step
 TREE_UNIQUE_TOKENS = "tree/unique_tokens"  # after merging, in the step
 TREE_MERGE_RATIO = "tree/merge_ratio"  # request tokens / unique tokens

@@ -236,4 +236,16 @@ def _loss_metrics(sums: Mapping[str, Any], updates: int) -> dict[str, Any]:
     names.RATIO_CLIPPED: sums["clipped"] / count,
     names.MISMATCH_MEAN: sums["mismatch"] / same,
     names.MISMATCH_MAX: sums["mismatch_max"],
+  } | _draft_metrics(sums)
+
+
+def _draft_metrics(sums: Mapping[str, Any]) -> dict[str, Any]:
+  """Means over the trained tokens of each module that drafts."""
+  return {
+    f"{name}_{number}": total / weight
+    for name, key in ((names.MTP_KL, "kl"), (names.MTP_ACCEPTED, "accepted"))
+    for number, (total, weight) in enumerate(
+      zip(sums.get(f"mtp_{key}", ()), sums.get("mtp_weight", ()), strict=True),
+      start=1,
+    )
   }

@@ -18,8 +18,9 @@ from jax.sharding import PartitionSpec as P
 import optax
 
 from forge_jax import errors, types
-from forge_jax.algo import cispo
+from forge_jax.algo import cispo, mtp
 from forge_jax.model import decoder as decoder_lib
+from forge_jax.model import mtp as mtp_lib
 from forge_jax.model import sharding
 from forge_jax.tree import attention as tree_attention
 from forge_jax.tree import unmerge
@@ -30,6 +31,9 @@ _LOG = logging.getLogger(__name__)
 @dataclasses.dataclass(frozen=True)
 class UpdateConfig:
   """The optimizer and the loss.
+
+  A model's multi-token-prediction modules are optimised by themselves: their
+  gradient neither reaches the policy nor counts in its norm.
 
   Optimizer defaults are M1's (arXiv 2506.13585, section 4.1) but for the
   learning rate, which depends on the model.
@@ -48,6 +52,8 @@ class UpdateConfig:
   block: int = 128  # tokens of an attention block, as packed
   head_chunk: int = 256  # edges whose logits exist at a time
   remat: str = "elementwise"  # see model.decoder.REMAT: "elementwise", "layer"
+  mtp_learning_rate: float = 1e-4  # of the modules that draft; 0 freezes them
+  mtp_top_k: int = 64  # tokens of the policy that drafts are trained towards
 
   def __post_init__(self):
     if self.attention not in tree_attention.NAMES:
@@ -71,21 +77,35 @@ class TrainState:
 
 
 def make_optimizer(config: UpdateConfig) -> optax.GradientTransformation:
-  """AdamW behind global-norm clipping."""
-  rate = optax.linear_schedule(
-    0.0 if config.warmup_updates else config.learning_rate,
-    config.learning_rate,
-    max(config.warmup_updates, 1),
-  )
-  return optax.chain(
-    optax.clip_by_global_norm(config.clip_norm),
-    optax.adamw(
-      rate,
-      b1=config.b1,
-      b2=config.b2,
-      eps=config.eps,
-      weight_decay=config.weight_decay,
-    ),
+  """AdamW behind global-norm clipping, for the policy and for its drafts."""
+
+  def adamw(peak: float) -> optax.GradientTransformation:
+    rate = optax.linear_schedule(
+      0.0 if config.warmup_updates else peak,
+      peak,
+      max(config.warmup_updates, 1),
+    )
+    return optax.chain(
+      optax.clip_by_global_norm(config.clip_norm),
+      optax.adamw(
+        rate,
+        b1=config.b1,
+        b2=config.b2,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+      ),
+    )
+
+  def part(path, leaf) -> str:
+    del leaf
+    return "drafts" if mtp_lib.of_module(path) else "policy"
+
+  return optax.partition(
+    {
+      "policy": adamw(config.learning_rate),
+      "drafts": adamw(config.mtp_learning_rate),
+    },
+    lambda params: jax.tree_util.tree_map_with_path(part, params),
   )
 
 
@@ -177,7 +197,8 @@ class Updater:
         figures; one that no token carries for weights never published.
 
     Returns:
-      The buffer and the batch's metric sums, float32 scalars; see `merge_sums`.
+      The buffer and the batch's metric sums, float32; see `merge_sums`. They
+      are scalars, but for the drafts' `mtp_*`, one figure a module.
     """
     batch = jax.device_put(batch, sharding.batch_sharding(self.mesh))
     return self._accumulate(state.params, gradient, batch, jnp.int32(version))
@@ -191,7 +212,10 @@ class Updater:
   def apply(
     self, state: TrainState, gradient: nnx.State
   ) -> tuple[TrainState, jax.Array]:
-    """One optimizer update; donates the state. Also returns the gradient norm."""
+    """One optimizer update; donates the state.
+
+    Also returns the norm of the policy's gradient.
+    """
     return self._apply(state, gradient)
 
   def _apply_fn(self, state, gradient):
@@ -199,7 +223,12 @@ class Updater:
       gradient, state.opt_state, state.params
     )
     params = optax.apply_updates(state.params, updates)
-    return TrainState(params, opt_state), optax.tree.norm(gradient)
+    policy = [
+      x
+      for path, x in jax.tree_util.tree_leaves_with_path(gradient)
+      if not mtp_lib.of_module(path)
+    ]
+    return TrainState(params, opt_state), optax.tree.norm(policy)
 
   def _accumulate_fn(self, params, gradient, batch, version):
     self.traces += 1
@@ -210,7 +239,8 @@ class Updater:
 
   def _loss(self, params, batch: types.PackedBatch, version):
     """Loss (a sum over rows) and metric sums of a device batch."""
-    logprob_BM, entropy_BE = self.row_logprobs(params, batch)
+    hidden_BTD = self._hidden(params, batch)
+    logprob_BM, entropy_BE = self._row_logprobs(params, hidden_BTD, batch)
     loss, sums = cispo.cispo_loss(
       logprob_BM,
       batch.old_logprob_BM,
@@ -230,19 +260,70 @@ class Updater:
       "same_version": same_BM.sum(),
       "loss": loss,
     }
-    return loss, jax.tree.map(jax.lax.stop_gradient, sums)
+    draft_loss, draft_sums = self._draft_loss(params, hidden_BTD, batch)
+    sums |= draft_sums
+    return loss + draft_loss, jax.tree.map(jax.lax.stop_gradient, sums)
+
+  def _draft_loss(self, params, hidden_BTD, batch: types.PackedBatch):
+    """The modules' loss, a sum over rows, and its sums; 0 without modules."""
+    decoder = nnx.merge(self._graph, mtp_lib.detached(params))
+    if not decoder.mtp:
+      return 0.0, {}
+    hidden_BTD = jax.lax.stop_gradient(hidden_BTD)
+    drafts = mtp_lib.hidden(
+      decoder,
+      hidden_BTD,
+      batch.tokens_BT,
+      batch.parent_BT,
+      batch.position_BT,
+      self._attend(batch.layout),
+    )
+    by_module = unmerge.edge_draft_losses(
+      hidden_BTD,
+      drafts,
+      batch.edge_parent_BE,
+      batch.edge_token_BE,
+      decoder.logits,
+      lambda policy, draft: mtp.draft_loss(
+        policy, draft, self.config.mtp_top_k
+      ),
+      chunk=self.config.head_chunk,
+    )
+    depth_BE = jnp.take_along_axis(
+      batch.position_BT, batch.edge_parent_BE, axis=1
+    )
+    totals = []
+    for module, figures in enumerate(by_module):
+      known_BE = depth_BE > module  # else it has no state to draft from
+      known_BM = unmerge.by_row(known_BE, batch.row_edge_BM)
+      weight_BM = jnp.where(known_BM, batch.weight_BM, 0.0)
+      totals.append(
+        [weight_BM.sum()]
+        + [
+          (weight_BM * unmerge.by_row(x_BE, batch.row_edge_BM)).sum()
+          for x_BE in figures
+        ]
+      )
+    weight, kl, accepted = (jnp.stack(x) for x in zip(*totals, strict=True))
+    sums = {"mtp_weight": weight, "mtp_kl": kl, "mtp_accepted": accepted}
+    return kl.sum(), sums
 
   def row_logprobs(
     self, params: nnx.State, batch: types.PackedBatch
   ) -> tuple[jax.Array, jax.Array]:
     """Log-probabilities [B, M] of the rows and entropies [B, E] in nats."""
-    decoder = nnx.merge(self._graph, params)
-    hidden_BTD = decoder.hidden(
+    return self._row_logprobs(params, self._hidden(params, batch), batch)
+
+  def _hidden(self, params: nnx.State, batch: types.PackedBatch):
+    return nnx.merge(self._graph, params).hidden(
       batch.tokens_BT,
       batch.position_BT,
       self._attend(batch.layout),
       remat=self.config.remat,
     )
+
+  def _row_logprobs(self, params, hidden_BTD, batch: types.PackedBatch):
+    decoder = nnx.merge(self._graph, params)
     logprob_BE, entropy_BE = unmerge.edge_logprobs(
       hidden_BTD,
       batch.edge_parent_BE,
@@ -250,7 +331,7 @@ class Updater:
       decoder.logits,
       chunk=self.config.head_chunk,
     )
-    return unmerge.row_logprobs(logprob_BE, batch.row_edge_BM), entropy_BE
+    return unmerge.by_row(logprob_BE, batch.row_edge_BM), entropy_BE
 
   def _attend(self, layout: types.TreeLayout):
     """Tree attention, each device on its own packs and heads."""

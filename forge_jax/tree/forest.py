@@ -39,6 +39,7 @@ class Part:
 
   tokens: np.ndarray
   position: np.ndarray
+  parent: np.ndarray
   samples: np.ndarray
   subtree_end: np.ndarray
   edge_parent: np.ndarray
@@ -127,12 +128,14 @@ def part(forest: Forest, pack: plan.Pack) -> Part:
   )
   edge, row_edge = _distinct(forest.row_edge[rows])
   end = np.searchsorted(node, tree.subtree_end_T[node])
+  parent = tree.parent_T[node]
   # A token stands for the samples that end in its subtree.
   last = np.searchsorted(node, forest.last[samples])
   ends = _ends(np.bincount(last, minlength=len(node)))
   return Part(
     tokens=tree.tokens_T[node],
     position=tree.position_T[node],
+    parent=np.where(parent < 0, -1, np.searchsorted(node, parent)),
     samples=ends[end] - ends[:-1],
     subtree_end=end,
     edge_parent=np.searchsorted(node, forest.edge_parent[edge]),

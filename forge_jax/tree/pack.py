@@ -233,6 +233,7 @@ def _batch(
   return types.PackedBatch(
     tokens_BT=fill([p.tokens for p in parts], tokens, i32),
     position_BT=fill([p.position for p in parts], tokens, i32),
+    parent_BT=fill([p.parent for p in parts], tokens, i32, -1),
     samples_BT=fill([p.samples for p in parts], tokens, i32),
     layout=layout.build(end_BT, config.block),
     edge_parent_BE=fill([p.edge_parent for p in parts], edges, i32),

@@ -15,7 +15,7 @@ import pytest
 from forge_jax import errors, types
 from forge_jax.engine import api, engine
 from forge_jax.model import decoder as decoder_lib
-from forge_jax.model import sharding
+from forge_jax.model import mtp, sharding
 from forge_jax.trainer import update
 from forge_jax.tree import pack
 
@@ -26,15 +26,18 @@ PACK = pack.PackConfig(tokens=256, edges=256, rows=256, block=32)
 UPDATE = update.UpdateConfig(block=32, head_chunk=64, learning_rate=1e-3)
 
 
-def updater(config=UPDATE, devices=1, **mesh):
+def updater(config=UPDATE, devices=1, modules=0, **mesh):
   made = sharding.make_mesh(
     sharding.MeshConfig(**mesh), jax.devices()[:devices]
   )
-  return update.Updater(tiny.decoder(), config, made)
+  decoder = tiny.decoder()
+  if modules:
+    decoder = mtp.grow(decoder, modules, rngs=nnx.Rngs(params=1))
+  return update.Updater(decoder, config, made)
 
 
-def gradient(up, samples, pack_config=PACK):
-  state = up.initial_state()
+def gradient(up, samples, pack_config=PACK, state=None):
+  state = up.initial_state() if state is None else state
   total, sums = up.zero_gradient(state), None
   batches, _ = pack.pack(samples, pack_config, vocab_size=64)
   for batch in batches:
@@ -145,7 +148,7 @@ def test_eight_devices_give_the_step_of_one(tmp_path):
     check=True,
   )
   found = np.load(tmp_path / "out.npz")
-  up = updater()
+  up = updater(modules=1)
   state, total, _ = gradient(up, tiny.samples())
   state, norm = up.apply(state, total)
   np.testing.assert_allclose(found["norm"], norm, rtol=1e-5)

@@ -103,5 +103,5 @@ def test_rows_share_edges():
   logprob_BE = jnp.asarray([[1.0, 2.0], [3.0, 4.0]])
   row_edge_BM = jnp.asarray([[0, 0, 1], [1, 0, 1]])
   np.testing.assert_array_equal(
-    unmerge.row_logprobs(logprob_BE, row_edge_BM), [[1, 1, 2], [4, 3, 4]]
+    unmerge.by_row(logprob_BE, row_edge_BM), [[1, 1, 2], [4, 3, 4]]
   )

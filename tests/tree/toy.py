@@ -105,7 +105,7 @@ def tree_loss(params, batch, *, block, implementation, chunk=8):
     lambda h: h @ params["embed"].T,
     chunk=chunk,
   )
-  logprob_BM = unmerge.row_logprobs(logprob_BE, batch.row_edge_BM)
+  logprob_BM = unmerge.by_row(logprob_BE, batch.row_edge_BM)
   return cispo.cispo_loss(
     logprob_BM, batch.old_logprob_BM, batch.advantage_BM, batch.weight_BM
   )[0]

@@ -107,6 +107,7 @@ def step(tpu, remat):
   batch = types.PackedBatch(
     tokens_BT=tokens,
     position_BT=tokens,
+    parent_BT=tokens,
     samples_BT=tokens,
     layout=layout_like(array, 2, T, block),
     edge_parent_BE=ints,
