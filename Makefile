@@ -9,6 +9,10 @@ CUDA := .cuda
 AGENTS := .agents
 AGENTS_STAMP := $(AGENTS)/.installed
 AGENTS_PINS := tests/gateway/agents
+VERIFIERS := .verifiers
+VERIFIERS_PINS := tests/agents/verifiers/requirements.txt
+TEST_NEEDS := $(LIBTPU)/.installed $(CUDA)/.installed $(AGENTS_STAMP) \
+  $(VERIFIERS)/.installed
 EXPERIMENT := experiments/word_problems_smollm2.py
 # Those that every machine can run.
 BENCHMARKS := experiments/benchmarks/tree.py experiments/benchmarks/update.py
@@ -21,7 +25,7 @@ help:  ## list the targets
 demo: $(STAMP)  ## train a small model to use a calculator, on the CPU
 	@$(PYTHON_IN_VENV) -m launch.train --config=$(EXPERIMENT) $(ARGS)
 
-test: $(STAMP) $(LIBTPU)/.installed $(CUDA)/.installed $(AGENTS_STAMP)  ## run the tests
+test: $(STAMP) $(TEST_NEEDS)  ## run the tests
 	@$(PYTHON_IN_VENV) -m pytest $(ARGS)
 
 lint: $(STAMP)  ## check style and format
@@ -41,7 +45,7 @@ bench: $(STAMP)  ## run every benchmark
 	done
 
 clean:  ## remove the environment and all caches; runs/ stays
-	@rm -rf $(VENV) $(LIBTPU) $(CUDA) $(AGENTS) build dist *.egg-info \
+	@rm -rf $(VENV) $(LIBTPU) $(CUDA) $(AGENTS) $(VERIFIERS) build dist *.egg-info \
 	  .jax_cache .pytest_cache .ruff_cache .hypothesis
 	@find forge_jax launch experiments tests -name __pycache__ -type d \
 	  -prune -exec rm -rf {} +
@@ -99,4 +103,12 @@ $(AGENTS_STAMP): $(AGENTS_PINS)/requirements.txt \
 	else \
 	  echo "npm was not found: the agents from npm are not tested"; \
 	fi
+	@touch $@
+
+# So does verifiers, whose environments are domains of ours.
+$(VERIFIERS)/.installed: $(VERIFIERS_PINS) | $(STAMP)
+	@echo "Installing verifiers in $(VERIFIERS): once, a minute"
+	@$(PYTHON_IN_VENV) -m venv --clear $(VERIFIERS)
+	@$(VERIFIERS)/bin/python -m pip install --quiet --no-deps \
+	  --disable-pip-version-check -r $(VERIFIERS_PINS)
 	@touch $@

@@ -123,6 +123,7 @@ class _Filled:
     self._base_url = box.gateway + path
     self._values = {
       "{model}": endpoint.model,
+      "{max_tokens}": str(endpoint.max_tokens),
       "{origin}": box.gateway + path.removesuffix("/v1"),
       "{api_key}": endpoint.api_key,
       "{home}": box.home,

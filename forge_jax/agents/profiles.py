@@ -1,9 +1,10 @@
 """How known black-box agents are started in a sandbox, as they are published.
 
-In commands, variables and files, `{prompt}`, `{model}`, `{origin}` and
-`{api_key}` stand for the task, the model's name, the gateway's address as seen
-from inside (http://host:port, without /v1) and the session's key. `~/` in front
-of a file's name is the program's home.
+In commands, variables and files, `{prompt}`, `{model}`, `{max_tokens}`,
+`{origin}`, `{api_key}` and `{home}` stand for the task, the model's name, the
+budget of a completion, the gateway's address as seen from inside
+(http://host:port, without /v1), the session's key and the program's home. `~/`
+in front of a file's name is the home, too.
 """
 
 from collections.abc import Mapping
@@ -135,10 +136,29 @@ MINI_SWE_AGENT = Profile(
 
 TRUNCATE_BC = Profile(
   name="truncate-bc",
-  command=("python3", "{home}/truncate_bc.py", "--model={model}", "{prompt}"),
+  command=(
+    "python3",
+    "{home}/truncate_bc.py",
+    "--model={model}",
+    "--max-tokens={max_tokens}",
+    "{prompt}",
+  ),
   files={
     "~/truncate_bc.py": pathlib.Path(__file__)
     .with_name("truncate_bc.py")
+    .read_text("utf-8")
+  },
+)
+
+# For tasks of `tasks/verifiers.py`: verifiers' own agents play.
+VERIFIERS = Profile(
+  name="verifiers",
+  command=("python", "{home}/verifiers_episode.py", "{model}", "{max_tokens}"),
+  install=_PIP.format(name="verifiers", package="verifiers==0.4.0")
+  + " The taskset's package is installed likewise.",
+  files={
+    "~/verifiers_episode.py": pathlib.Path(__file__)
+    .with_name("verifiers_episode.py")
     .read_text("utf-8")
   },
 )
@@ -153,5 +173,6 @@ KNOWN = {
     CODEX,
     MINI_SWE_AGENT,
     TRUNCATE_BC,
+    VERIFIERS,
   )
 }
