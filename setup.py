@@ -32,6 +32,7 @@ BASE = [
   "jinja2",
   "matplotlib>=3.9",
   "ml-collections>=1.0",
+  "msgpack>=1.0",
   "numpy>=2.0",
   "openai>=3.0",
   "orjson>=3.10",

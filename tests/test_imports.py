@@ -29,7 +29,7 @@ ALLOWED = {
   "tree": (),
   "tasks": (),
   "agents": ("tasks.base",),
-  "gateway": ("engine.api", "engine.scripted"),
+  "gateway": ("engine.api", "engine.scripted", "pool.segment"),
   "engine": ("model", "algo.mtp"),
   "pool": (),
   "rollout": ("tasks", "agents", "pool", "gateway.client", "gateway.wire"),

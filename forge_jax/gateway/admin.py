@@ -7,6 +7,9 @@
   POST /sessions/<id>/reward        {rewards: [...]}, see `wire`
   POST /sessions/<id>/close         -> {completions: [...], rewards: [...]}
 
+A close whose answer does not arrive may be sent again: the session is held for
+some seconds, see `session_table`.
+
 Routes under /admin need the admin token; the others that, or the control key of
 the very session. Keys are compared in constant time.
 """
@@ -16,7 +19,14 @@ from typing import Any
 
 from aiohttp import web
 
-from forge_jax.gateway import http, refusal, session_table, sessions, wire
+from forge_jax.gateway import (
+  http,
+  journal,
+  refusal,
+  session_table,
+  sessions,
+  wire,
+)
 
 _SAMPLING = {  # name -> (type, lowest, highest)
   "temperature": (float, 0.0, 2.0),
@@ -28,9 +38,12 @@ _SAMPLING = {  # name -> (type, lowest, highest)
 class AdminRoutes:
   """Handlers over one table of sessions."""
 
-  def __init__(self, table: session_table.SessionTable, token: str):
-    """`token` is what a request must bear."""
+  def __init__(
+    self, table: session_table.SessionTable, log: journal.Log, token: str
+  ):
+    """`token` is what a request must bear; `log` keeps what is answered."""
     self._table = table
+    self._journal = log
     self._token = session_table.key_digest(token)
 
   def routes(self) -> list[web.RouteDef]:
@@ -47,6 +60,7 @@ class AdminRoutes:
   async def _open(self, request: web.Request) -> web.Response:
     self.check(request)
     opened = self._table.open(*_opening(await http.read_json(request)))
+    await self._journal.sync()
     return web.json_response(
       {
         "id": opened.session.id,
@@ -72,7 +86,10 @@ class AdminRoutes:
       parsed = [wire.reward_from_json(reward) for reward in rewards]
     except (ValueError, TypeError) as error:
       raise refusal.Refusal(str(error), param="rewards") from error
-    session.rewards += parsed
+    if session.closed:
+      raise refusal.Refusal(f"session {session.id!r} is closed", status=409)
+    session.reward(parsed)
+    await self._journal.sync()
     return web.json_response({"rewards": len(session.rewards)})
 
   async def _close(self, request: web.Request) -> web.Response:

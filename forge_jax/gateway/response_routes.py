@@ -15,7 +15,7 @@ from openai.types import responses
 from openai.types.responses import input_token_count_response
 import pydantic
 
-from forge_jax.gateway import http, refusal, render, sessions, stored
+from forge_jax.gateway import http, journal, refusal, render, sessions, stored
 from forge_jax.gateway.dialects import fields, openai_responses
 
 _MOST_ITEMS = 100
@@ -28,10 +28,12 @@ class ResponseRoutes:
     self,
     session_of: Callable[[web.Request], sessions.Session],
     renderer: render.Renderer,
+    log: journal.Log,
   ):
-    """Serves the sessions that `session_of` finds for requests."""
+    """Serves the sessions that `session_of` finds; `log` keeps what changes."""
     self._session_of = session_of
     self._renderer = renderer
+    self._journal = log
 
   def routes(self, prefix: str) -> list[web.RouteDef]:
     """The routes under a base URL."""
@@ -61,6 +63,7 @@ class ResponseRoutes:
   async def _delete(self, request: web.Request) -> web.Response:
     id = request.match_info["id"]
     self._session_of(request).stored.delete(id)
+    await self._journal.sync()
     return web.json_response({"id": id, "object": "response", "deleted": True})
 
   async def _input_items(self, request: web.Request) -> web.Response:

@@ -25,6 +25,9 @@ Invariants:
      sessions in turn; more are refused with 429 and the time to wait.
   4. A refused or failed request changes nothing in the session's forest, but
      that tokens sampled before a failure are kept.
+  5. With a journal, what a client is told is on the disk before: a session that
+     it opened, a completion whose end it sees, a reward. The next gateway of
+     that journal opens the sessions again, with their keys and forests.
 """
 
 import asyncio
@@ -46,6 +49,7 @@ from forge_jax.gateway import (
   admin,
   admission,
   http,
+  journal,
   meters,
   refusal,
   render,
@@ -84,6 +88,7 @@ class GatewayConfig:
   template_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   # None: a random one.
   admin_token: str | None = dataclasses.field(default=None, repr=False)
+  journal: str | None = None  # folder; None: sessions end with the process
   max_body_bytes: int = 64 * 2**20
   max_running: int = 1024  # completion requests at a time
   max_waiting: int = 4096  # behind them
@@ -123,10 +128,17 @@ class Gateway:
       tokenizer, config.renderer, config.template_kwargs
     )
     self.admin_token = config.admin_token or secrets.token_urlsafe(24)
-    self._table = session_table.SessionTable(engine)
+    self._journal: journal.Log = (
+      journal.NoJournal()
+      if config.journal is None
+      else journal.Journal(config.journal)
+    )
+    self._table = session_table.SessionTable(engine, self._journal)
     gate = admission.Admission(config.max_running, config.max_waiting)
     self._meters = meters.Meters(self._table, gate)
-    self._service = serving.Service(engine, self.renderer, gate, self._meters)
+    self._service = serving.Service(
+      engine, self.renderer, gate, self._meters, self._journal
+    )
     self._tls = _tls_context(config)
     self._runner: web.AppRunner | None = None
     self._port = config.port
@@ -138,11 +150,18 @@ class Gateway:
     return f"{scheme}://{self._config.host}:{self._port}"
 
   async def start(self) -> None:
-    """Starts listening.
+    """Opens the sessions that the journal holds, and starts listening.
 
     Raises:
-      GatewayError: the port is in use or the address cannot be bound.
+      GatewayError: the port is in use or the address cannot be bound; the
+        journal is damaged.
+      ConfigError: the journal cannot be kept, or belongs to another gateway.
     """
+    try:
+      self._table.restore(self._journal.read())
+    except errors.ForgeError:
+      await self._journal.aclose()
+      raise
     runner = web.AppRunner(
       self._app(),
       access_log=None,
@@ -157,6 +176,7 @@ class Gateway:
       ).start()
     except OSError as error:
       await runner.cleanup()
+      await self._journal.aclose()
       why = "is in use" if error.errno == errno.EADDRINUSE else str(error)
       raise errors.GatewayError(
         f"the gateway cannot listen on {host}:{port}: {why}"
@@ -175,11 +195,15 @@ class Gateway:
       await asyncio.sleep(_POLL)
 
   async def stop(self) -> None:
-    """Closes every session and stops listening."""
-    await self._table.close_all()
+    """Aborts what is in flight and stops listening.
+
+    Sessions in a journal are open again when the next gateway starts.
+    """
+    await self._table.abort_all()
     if self._runner is not None:
       await self._runner.cleanup()
       self._runner = None
+    await self._journal.aclose()
 
   def _app(self) -> web.Application:
     app = web.Application(
@@ -188,12 +212,16 @@ class Gateway:
         http.answers_middleware(_error_shape, self._meters.answered)
       ],
     )
-    self._admin = admin.AdminRoutes(self._table, self.admin_token)
+    self._admin = admin.AdminRoutes(
+      self._table, self._journal, self.admin_token
+    )
     app.add_routes(self._admin.routes())
     for path in ("/", "/health"):  # agents probe `HEAD /`
       app.add_routes([web.get(path, self._health)])
     app.add_routes([web.get("/metrics", self._metrics)])
-    stored = response_routes.ResponseRoutes(self._session_of, self.renderer)
+    stored = response_routes.ResponseRoutes(
+      self._session_of, self.renderer, self._journal
+    )
     for prefix in ("/v1", "/s/{key}/v1"):
       app.add_routes([web.get(prefix + "/models", self._models)])
       app.add_routes([web.get(prefix + "/models/{name:.+}", self._model)])

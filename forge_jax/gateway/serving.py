@@ -19,6 +19,7 @@ from forge_jax.gateway import (
   admission,
   generation,
   http,
+  journal,
   meters,
   render,
   sessions,
@@ -41,12 +42,14 @@ class Service:
     renderer: render.Renderer,
     gate: admission.Admission,
     figures: meters.Meters,
+    log: journal.Log,
   ):
-    """Serves what `gate` admits and counts it in `figures`."""
+    """Serves what `gate` admits and counts it; `log` keeps what was sampled."""
     self._engine = engine
     self._renderer = renderer
     self._gate = gate
     self._figures = figures
+    self._journal = log
 
   async def complete(
     self,
@@ -75,49 +78,50 @@ class Service:
           choices.append(await s.enter_async_context(choice))
         if asked.stream:
           events = asked.events(choices, self._renderer)
-          return await _stream(request, choices, events)
+          return await self._stream(request, choices, events)
         async with contextlib.aclosing(_deltas(choices, False)) as deltas:
           async for _ in deltas:
             pass
-        return web.Response(
-          text=asked.reply(choices, self._renderer),
-          content_type="application/json",
-        )
+        text = asked.reply(choices, self._renderer)
+        await self._journal.sync()
+        return web.Response(text=text, content_type="application/json")
     finally:
       seconds = time.monotonic() - started
       self._figures.completed(dialect.PATH, seconds, choices)
 
-
-async def _stream(
-  request: web.Request,
-  choices: Sequence[generation.Generation],
-  events: base.Events,
-) -> web.StreamResponse:
-  response = web.StreamResponse(
-    headers={
-      "Content-Type": "text/event-stream",
-      "Cache-Control": "no-cache",
-    }
-  )
-  async with contextlib.aclosing(_deltas(choices, True)) as deltas:
-    # A request refused before its first token gets a status of its own.
-    first = await anext(deltas)
-    await response.prepare(request)
-    try:
-      if text := events.delta(*first):
-        await _write(request, response, text)
-      async for choice, delta in deltas:
-        if text := events.delta(choice, delta):
+  async def _stream(
+    self,
+    request: web.Request,
+    choices: Sequence[generation.Generation],
+    events: base.Events,
+  ) -> web.StreamResponse:
+    response = web.StreamResponse(
+      headers={
+        "Content-Type": "text/event-stream",
+        "Cache-Control": "no-cache",
+      }
+    )
+    async with contextlib.aclosing(_deltas(choices, True)) as deltas:
+      # A request refused before its first token gets a status of its own.
+      first = await anext(deltas)
+      await response.prepare(request)
+      try:
+        if text := events.delta(*first):
           await _write(request, response, text)
-      await _write(request, response, events.end())
-    except ConnectionResetError:
-      raise
-    except Exception as error:  # the boundary of a request that has begun
-      if not isinstance(error, errors.ForgeError):
-        _log.exception("a streamed request failed")
-      await _write(request, response, events.fail(error))
-  await response.write_eof()
-  return response
+        async for choice, delta in deltas:
+          if text := events.delta(choice, delta):
+            await _write(request, response, text)
+        end = events.end()
+        await self._journal.sync()  # what is acknowledged by the end is kept
+        await _write(request, response, end)
+      except ConnectionResetError:
+        raise
+      except Exception as error:  # the boundary of a request that has begun
+        if not isinstance(error, errors.ForgeError):
+          _log.exception("a streamed request failed")
+        await _write(request, response, events.fail(error))
+    await response.write_eof()
+    return response
 
 
 async def _write(

@@ -6,20 +6,26 @@ that an agent cannot reward itself.
 
 Invariants:
   1. A key leads to one open session; keys are kept and looked up by digest.
-  2. Closing takes the keys away first, then aborts what is in flight and waits
-     for it.
+  2. Closing takes the API key away first, then aborts what is in flight and
+     waits for it. A closed session is held for a while, in which it may be
+     closed again by a client that the answer did not reach, or be replaced.
+  3. What is needed to open the sessions again is in the journal: of the keys
+     their digests.
 """
 
-from collections.abc import Mapping
+import asyncio
+from collections.abc import Iterable, Mapping
 import dataclasses
+import functools
 import hashlib
 import hmac
 import re
 import secrets
 
 from forge_jax.engine import api
-from forge_jax.gateway import refusal, sessions
+from forge_jax.gateway import journal, records, refusal, replay, sessions
 
+_HOLD_SECONDS = 10.0  # between closing a session and forgetting it
 _NO_DIGEST = bytes(hashlib.sha256().digest_size)  # no key has it
 
 
@@ -33,18 +39,19 @@ class Opened:
 
 
 class SessionTable:
-  """Holds the open sessions."""
+  """Holds the sessions, open and just closed."""
 
-  def __init__(self, engine: api.Engine):
+  def __init__(self, engine: api.Engine, log: journal.Log):
     """An empty table; `engine` runs the sessions' requests."""
     self._engine = engine
     self.draining = False  # whether no further sessions are opened
+    self._journal = log
     self._sessions: dict[str, sessions.Session] = {}
     self._by_api_key: dict[bytes, sessions.Session] = {}
     self._keys: dict[str, tuple[bytes, bytes]] = {}  # by session: API, control
 
   def __len__(self) -> int:
-    return len(self._sessions)
+    return len(self._by_api_key)  # the open ones
 
   def open(self, id: str, seed: int, sampling: Mapping[str, float]) -> Opened:
     """A new session and its keys.
@@ -59,19 +66,30 @@ class SessionTable:
         code="shutting_down",
       )
     if id in self._sessions:
-      raise refusal.Refusal(f"session {id!r} is open already", status=409)
-    session = sessions.Session(id, seed, sampling)
+      if not self._sessions[id].closed:
+        raise refusal.Refusal(f"session {id!r} is open already", status=409)
+      self._forget(self._sessions[id])
     name = re.sub(r"[^A-Za-z0-9_.]", "_", id)
-    opened = Opened(
-      session,
-      api_key=f"forge-{name}-{secrets.token_urlsafe(24)}",
-      control_key=f"forge-control-{name}-{secrets.token_urlsafe(24)}",
-    )
-    digest = key_digest(opened.api_key)
-    self._sessions[id] = session
-    self._keys[id] = digest, key_digest(opened.control_key)
-    self._by_api_key[digest] = session
-    return opened
+    api_key = f"forge-{name}-{secrets.token_urlsafe(24)}"
+    control_key = f"forge-control-{name}-{secrets.token_urlsafe(24)}"
+    session = sessions.Session(id, seed, sampling)
+    keys = key_digest(api_key), key_digest(control_key)
+    self._journal.append(id, records.opening(id, seed, sampling, keys))
+    self._add(session, keys)
+    return Opened(session, api_key, control_key)
+
+  def restore(self, left: Iterable[tuple[str, journal.Record]]) -> None:
+    """Opens the sessions that a journal's records tell of."""
+    replays: dict[str, replay.Replay] = {}
+    for id, record in left:
+      if not record:
+        replays.pop(id, None)
+      elif record["kind"] == "opening":
+        replays[id] = replay.Replay(record)
+      elif id in replays:  # else a segment is gone that began a closed session
+        replays[id].apply(record)
+    for back in replays.values():
+      self._add(back.session, back.keys)
 
   def by_key(self, api_key: str) -> sessions.Session:
     """The session that an API key leads to.
@@ -85,7 +103,7 @@ class SessionTable:
     return session
 
   def by_id(self, id: str) -> sessions.Session:
-    """The open session of a name.
+    """The session of a name.
 
     Raises:
       Refusal: there is none.
@@ -100,18 +118,41 @@ class SessionTable:
     return hmac.compare_digest(key_digest(control_key), digest)
 
   async def close(self, session: sessions.Session) -> None:
-    """Takes a session's keys away, aborts what it runs and waits for it."""
-    session.closed = True
-    del self._sessions[session.id]
-    del self._by_api_key[self._keys.pop(session.id)[0]]
+    """Takes a session's API key away, aborts what it runs, waits for it."""
+    if not session.closed:
+      session.close()
+      self._hold(session)
+    await self._abort(session)
+
+  async def abort_all(self) -> None:
+    """Aborts what is in flight in all sessions, and waits for it."""
+    for session in list(self._sessions.values()):
+      session.closed = True
+      await self._abort(session)
+
+  async def _abort(self, session: sessions.Session) -> None:
     for request_id in session.running:
       self._engine.abort(request_id)
     await session.drain()
 
-  async def close_all(self) -> None:
-    """Closes every session."""
-    for session in list(self._sessions.values()):
-      await self.close(session)
+  def _add(self, session: sessions.Session, keys: tuple[bytes, bytes]) -> None:
+    session.log = functools.partial(self._journal.append, session.id)
+    self._sessions[session.id] = session
+    self._keys[session.id] = keys
+    self._by_api_key[keys[0]] = session
+    if session.closed:
+      self._hold(session)
+
+  def _hold(self, session: sessions.Session) -> None:
+    """Keeps a session that is closed, for a while."""
+    self._by_api_key.pop(self._keys[session.id][0], None)
+    loop = asyncio.get_running_loop()
+    loop.call_later(_HOLD_SECONDS, self._forget, session)
+
+  def _forget(self, session: sessions.Session) -> None:
+    if self._sessions.get(session.id) is session:
+      del self._sessions[session.id], self._keys[session.id]
+      self._journal.forget(session.id)
 
 
 def key_digest(key: str) -> bytes:

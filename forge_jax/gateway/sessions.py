@@ -10,11 +10,12 @@ Invariants:
      seed of request n depends on the session's seed and n alone.
   3. A completion is recorded before the client can have seen the end of its
      reply. Requests may run at the same time; nothing here awaits but `drain`.
+  4. What changes is told to `log`, from which `replay` makes the session again.
 """
 
 import asyncio
 import collections
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import json
 import time
@@ -27,6 +28,7 @@ from forge_jax.gateway import (
   forest,
   lineages,
   raw_prompts,
+  records,
   refusal,
   render,
   stored,
@@ -58,15 +60,30 @@ class Plan:
 class Session:
   """One episode's requests, rewards and keys to what it has recorded."""
 
-  def __init__(self, id: str, seed: int, sampling: Mapping[str, float]):
-    """Opens a session; `sampling` holds defaults for its requests."""
+  def __init__(
+    self,
+    id: str,
+    seed: int,
+    sampling: Mapping[str, float],
+    *,
+    age: float = 0.0,
+  ):
+    """Opens a session.
+
+    Args:
+      id: its name.
+      seed: of everything sampled in it.
+      sampling: defaults for its requests.
+      age: seconds since it was opened first.
+    """
     self.id = id
     self.seed = seed
     self.sampling = dict(sampling)
     self.rewards: list[types.Reward] = []
     self.fork_reasons: collections.Counter[str] = collections.Counter()
-    self.closed = False  # set once, by the server
-    self._opened = time.monotonic()
+    self.closed = False
+    self.log: Callable[[Mapping[str, Any]], None] = lambda record: None
+    self._opened = time.monotonic() - age
     self._requests = 0
     self._nodes: dict[int, forest.Node] = {}
     self._running: dict[int, Plan] = {}
@@ -74,7 +91,8 @@ class Session:
     self._idle.set()
     self._lineages = lineages.Lineages()
     self._raw = raw_prompts.RawPrompts()
-    self.stored = stored.Stored()  # what the Responses protocol keeps
+    # What the Responses protocol keeps.
+    self.stored = stored.Stored(lambda record: self.log(record))
 
   def begin(
     self,
@@ -174,12 +192,36 @@ class Session:
       started=plan.started,
       finished=self._clock(),
     )
-    self._nodes[plan.number] = node
-    if isinstance(reply, str):
-      self._raw.add(plan.asked, reply, node)
-    elif reply is not None:
-      self._lineages.add(plan.asked, plan.tools, reply, node)
+    self.log(records.completion(node, plan.asked, plan.tools, reply))
+    self._keep(node, plan.asked, plan.tools, reply)
     self.drop(plan)
+
+  def restore(
+    self,
+    node: forest.Node,
+    said: types.Messages | raw_prompts.Prompt,
+    tools: bytes,
+    reply: types.Message | str | None,
+  ) -> None:
+    """Records again what another process has recorded.
+
+    Args:
+      node: of the forest.
+      said: its request's messages, as the model has seen them, or raw prompt.
+      tools: see `Plan`.
+      reply: see `record`.
+    """
+    self._requests = max(self._requests, node.number + 1)
+    if node.fork_reason is not None:
+      self.fork_reasons[node.fork_reason] += 1
+    if isinstance(reply, Mapping):
+      said = self._lineages.find(said, tools)
+    self._keep(node, said, tools, reply)
+
+  def reward(self, rewards: Sequence[types.Reward]) -> None:
+    """Adds rewards."""
+    self.log(records.rewards(rewards))
+    self.rewards += rewards
 
   def drop(self, plan: Plan) -> None:
     """Ends a request of which nothing was sampled, or that was recorded."""
@@ -214,6 +256,24 @@ class Session:
       "rewards": len(self.rewards),
       "fork_reasons": dict(self.fork_reasons),
     }
+
+  def close(self) -> None:
+    """Lets nothing begin any more."""
+    self.log({"kind": "closed"})
+    self.closed = True
+
+  def _keep(
+    self,
+    node: forest.Node,
+    asked: lineages.Match | raw_prompts.Prompt,
+    tools: bytes,
+    reply: types.Message | str | None,
+  ) -> None:
+    self._nodes[node.number] = node
+    if isinstance(reply, str):
+      self._raw.add(asked, reply, node)
+    elif reply is not None:
+      self._lineages.add(asked, tools, reply, node)
 
   def _check_open(self) -> None:
     if self.closed:

@@ -9,7 +9,7 @@ Invariants:
      seeing them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 from typing import Any
 
@@ -48,14 +48,25 @@ class IssuedCall:
 class Stored:
   """Holds the responses of one session, by id."""
 
-  def __init__(self):
-    """Begins empty."""
+  def __init__(self, log: Callable[[Mapping[str, Any]], None]):
+    """Begins empty; `log` is told of each change, as `records` reads it."""
+    self._log = log
     self._responses: dict[str, StoredResponse] = {}
     self._items: dict[str, Item] = {}
     self._calls: dict[str, IssuedCall] = {}
 
   def add(self, response: StoredResponse) -> None:
     """Stores a response."""
+    self._log(
+      {
+        "kind": "response",
+        "id": response.id,
+        "value": response.value,
+        "items": response.items,
+        "output": response.output,
+        "previous": response.previous and response.previous.id,
+      }
+    )
     self._responses[response.id] = response
     self._name_items(response)
 
@@ -92,6 +103,7 @@ class Stored:
       Refusal: there is none of that id.
     """
     del self._responses[self.response(id).id]
+    self._log({"kind": "deletion", "id": id})
     # Not only the deleted items: a reference shares an item with another.
     self._items.clear()
     for response in self._responses.values():
@@ -103,6 +115,8 @@ class Stored:
 
   def issue(self, call_id: str, call: IssuedCall) -> None:
     """Remembers a call whose arguments its wire form does not hold."""
+    arguments = {"arguments": call.arguments, "sent": call.sent}
+    self._log({"kind": "call", "id": call_id, **arguments})
     self._calls[call_id] = call
 
   def arguments(self, call_id: str, sent: str) -> str | None:
