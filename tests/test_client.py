@@ -118,7 +118,7 @@ def test_what_is_refused_is_an_error_that_says_so(start):
       pass
     session.close()
     session.close()
-    with pytest.raises(errors.GatewayError, match="409.*closed"):
+    with pytest.raises(errors.GatewayError, match=r"409.*closed"):
       session.reward("late", 1.0)
   with (
     pytest.raises(errors.GatewayError, match="admin token"),

@@ -382,7 +382,7 @@ async def test_rewards_come_back_with_the_session(start, smollm2):
   for reward in rewards:
     await h.admin.post_reward("s", reward)
   assert await h.admin.close_session("s") == ((), rewards)
-  with pytest.raises(errors.GatewayError, match="409.*closed"):
+  with pytest.raises(errors.GatewayError, match=r"409.*closed"):
     await h.admin.post_reward("s", rewards[0])
 
 
