@@ -47,6 +47,10 @@ class SampleError(ForgeError):
   """A training sample that is not well-formed; the message names it."""
 
 
+class MismatchError(ForgeError):
+  """Engine and trainer that do not compute the same with the same weights."""
+
+
 class SandboxError(ForgeError):
   """A sandbox that this machine cannot make, or that cannot be used."""
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from forge_jax import errors, types
 from forge_jax.observe import names
-from forge_jax.trainer import credit, update
+from forge_jax.trainer import credit, mismatch, update
 from forge_jax.tree import collapse
 from forge_jax.tree import cost as cost_lib
 from forge_jax.tree import pack as pack_lib
@@ -30,13 +30,14 @@ _UNPUBLISHED = -2  # a version that no token carries
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainerConfig:
-  """What one trainer step is."""
+class TrainerConfig(mismatch.MismatchConfig):
+  """What one trainer step is, and how far it trusts the engine."""
 
   groups_per_step: int = 8
   minibatches: int = 2  # optimizer updates of a step
 
   def __post_init__(self):
+    super().__post_init__()
     if self.groups_per_step % self.minibatches:
       raise errors.ConfigError(
         f"minibatches={self.minibatches} does not divide "
@@ -95,6 +96,8 @@ class Trainer:
 
     Raises:
       SampleError: a group holds a malformed completion.
+      MismatchError: engine and trainer differ by more than the config allows;
+        nothing of the state has changed.
     """
     parts = self._split(groups)
     sums, norms, credits, packs, updates = None, [], [], [], []
@@ -117,6 +120,10 @@ class Trainer:
         self.step if i == 0 else _UNPUBLISHED,
         give_up if not norms else lambda: None,
       )
+      if i == 0:
+        mismatch.watch(
+          new, batches, self._row_logprobs, self.config, step=self.step
+        )
       sums = new if sums is None else update.merge_sums(sums, new)
       self.state, norm = self._updater.apply(self.state, gradient)
       norms.append(norm)
@@ -158,6 +165,9 @@ class Trainer:
       # At most two batches are on their way, so that giving up is soon over.
       jax.block_until_ready(before)
     return gradient, sums
+
+  def _row_logprobs(self, batch: types.PackedBatch) -> np.ndarray:
+    return np.asarray(self._updater.row_logprobs(self.state.params, batch)[0])
 
   def _note_shape(self, batch: types.PackedBatch) -> None:
     edges, rows = batch.edge_token_BE.shape[1], batch.row_edge_BM.shape[1]
