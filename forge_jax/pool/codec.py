@@ -7,11 +7,12 @@ A group becomes one safetensors file in memory with four tensors:
   versions  int32    likewise
   record    uint8: everything else, as UTF-8 JSON
 
-The forest: the sequences (prompt and response) of all completions are sorted,
-so that those with a common prefix are neighbours, and each adds only what it
-does not share with the one before it. Every distinct token of the forest is
-thus stored exactly once. `record["order"]` is the sorted order and
-`record["shared"]` how many tokens each shares with its predecessor.
+The forest: a sequence is a completion's prompt and response. One that its
+child's prompt extends lies within the child's (`record["within"]`, -1: none
+does). The others are sorted, so that those with a common prefix are
+neighbours, and each adds only what it does not share with the one before it:
+`record["order"]` is the sorted order, `record["shared"]` how many tokens each
+shares. Every distinct token of the forest is thus stored exactly once.
 
 A carrier's other fields become JSON by their declared types: a field with a
 default may be added to `types.Completion` without a change here, and records
@@ -33,7 +34,7 @@ from safetensors import numpy as safetensors_numpy
 
 from forge_jax import errors, types
 
-CODEC_VERSION = 2
+CODEC_VERSION = 3
 
 _DTYPES = {
   "prompt_ids": np.dtype(np.int32),
@@ -59,14 +60,11 @@ def encode(group: types.Group) -> bytes:
         f"episode {episode.id!r} is about task {episode.task.id!r}; its group "
         f"is about {group.task.id!r}"
       )
-  tokens, order, shared = _merge(
-    [np.concatenate([c.prompt_ids, c.response_ids]) for c in completions]
-  )
+  tokens, forest = _merge(completions, _parents(group))
   record = {
     "codec": CODEC_VERSION,
     "lengths": [[len(c.prompt_ids), len(c.response_ids)] for c in completions],
-    "order": order,
-    "shared": shared,
+    **forest,
     "group": _plain(group, without={"episodes"}),
     "episodes": [_plain(e, without={"task"}) for e in group.episodes],
   }
@@ -109,8 +107,7 @@ def decode(data: bytes) -> types.Group:
   lengths = record["lengths"]
   sequences = _unmerge(
     tensors["tokens"],
-    record["order"],
-    record["shared"],
+    record,
     [prompt + response for prompt, response in lengths],
   )
   arrays, end = [], 0
@@ -165,19 +162,55 @@ def _concatenate(arrays: Sequence[np.ndarray], dtype: Any) -> np.ndarray:
   return np.concatenate([np.empty(0, dtype), *arrays])
 
 
+def _parents(group: types.Group) -> list[int]:
+  """By completion, the number of its parent among all; -1: there is none."""
+  parents: list[int] = []
+  for episode in group.episodes:
+    numbers: dict[str, int] = {}
+    for completion in episode.completions:
+      parents.append(numbers.get(completion.parent, -1))
+      numbers[completion.id] = len(parents) - 1
+  return parents
+
+
 def _merge(
-  sequences: Sequence[np.ndarray],
-) -> tuple[np.ndarray, list[int], list[int]]:
-  """Returns the forest's tokens, the order, and the tokens shared in it."""
-  keys = [sequence.tobytes() for sequence in sequences]
-  order = sorted(range(len(sequences)), key=keys.__getitem__)
+  completions: Sequence[types.Completion], parents: Sequence[int]
+) -> tuple[np.ndarray, dict[str, list[int]]]:
+  """Returns the forest's tokens, and what the record says of it."""
+  within = [-1] * len(completions)
+  for number, parent in enumerate(parents):
+    # A history that grows is long and has many states: only its last is
+    # sorted, and the others are compared in place.
+    if (
+      parent >= 0
+      and within[parent] < 0
+      and _extends(completions[number], completions[parent])
+    ):
+      within[parent] = number
+  leaves = {
+    number: np.concatenate([c.prompt_ids, c.response_ids])
+    for number, c in enumerate(completions)
+    if within[number] < 0
+  }
+  order = sorted(leaves, key=lambda number: leaves[number].tobytes())
   shared, added, before = [], [], np.empty(0, np.int32)
   for number in order:
-    sequence = sequences[number]
-    shared.append(_common(before, sequence))
-    added.append(sequence[shared[-1] :])
-    before = sequence
-  return _concatenate(added, np.int32), order, shared
+    shared.append(_common(before, leaves[number]))
+    added.append(leaves[number][shared[-1] :])
+    before = leaves[number]
+  forest = {"within": within, "order": order, "shared": shared}
+  return _concatenate(added, np.int32), forest
+
+
+def _extends(one: types.Completion, other: types.Completion) -> bool:
+  """Whether a prompt begins with another completion's prompt and response."""
+  prompt = len(other.prompt_ids)
+  length = prompt + len(other.response_ids)
+  return (
+    len(one.prompt_ids) >= length
+    and np.array_equal(one.prompt_ids[:prompt], other.prompt_ids)
+    and np.array_equal(one.prompt_ids[prompt:length], other.response_ids)
+  )
 
 
 def _common(one: np.ndarray, other: np.ndarray) -> int:
@@ -190,28 +223,25 @@ def _common(one: np.ndarray, other: np.ndarray) -> int:
 
 def _unmerge(
   tokens: np.ndarray,
-  order: Sequence[int],
-  shared: Sequence[int],
+  forest: Mapping[str, Sequence[int]],
   lengths: Sequence[int],
 ) -> list[np.ndarray]:
   """The sequences that `_merge` was given.
 
-  A sequence that the next one extends is a view of it, so that a history that
-  only grows takes no more memory than its last state.
+  One that lies within another is a view of it, so that a history that grows
+  takes no more memory than its last state.
   """
-  sequences = [np.empty(0, np.int32)] * len(order)
-  last, start, first = np.empty(0, np.int32), 0, 0
-  while first < len(order):
-    end = first + 1  # order[first:end] are prefixes of one another
-    while end < len(order) and shared[end] == lengths[order[end - 1]]:
-      end += 1
-    added = lengths[order[end - 1]] - shared[first]
-    last = np.concatenate(
-      [last[: shared[first]], tokens[start : start + added]]
-    )
-    for number in order[first:end]:
-      sequences[number] = last[: lengths[number]]
-    start, first = start + added, end
+  sequences = [np.empty(0, np.int32)] * len(lengths)
+  before, start = np.empty(0, np.int32), 0
+  for number, shared in zip(forest["order"], forest["shared"], strict=True):
+    end = start + lengths[number] - shared
+    added = tokens[start:end]
+    before = np.concatenate([before[:shared], added]) if shared else added
+    sequences[number], start = before, end
+  within = forest["within"]
+  for number in reversed(range(len(lengths))):
+    if within[number] >= 0:
+      sequences[number] = sequences[within[number]][: lengths[number]]
   return sequences
 
 

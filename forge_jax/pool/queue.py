@@ -216,19 +216,22 @@ class GroupQueue:
     self._progress = progress  # what was committed
     self._curated = self._curation.state()  # likewise
     self._claims: collections.deque[draft_lib.Claim] = collections.deque()
-    waiting = [i for i in self._store.indices() if i not in progress.consumed]
+    waiting = (
+      self._stored_ticket(info)
+      for info in self._store.infos(progress.consumed.head)
+      if info.index not in progress.consumed
+    )
     self._scheduler = windowed_fifo.WindowedFifo(
-      self._config, progress, map(self._stored_ticket, waiting)
+      self._config, progress, waiting
     )
     # The batch that `take` waits for.
     self._draft = draft_lib.Draft(
       self._curation, self._scheduler, self._changed
     )
 
-  def _stored_ticket(self, index: int) -> progress_lib.Ticket:
-    info = self._store.info(index)
+  def _stored_ticket(self, info: records.GroupInfo) -> progress_lib.Ticket:
     step = self._trained_steps if info.version is None else info.version
-    return progress_lib.Ticket(index, info.number, info.attempt, step)
+    return progress_lib.Ticket(info.index, info.number, info.attempt, step)
 
   @property
   def _next_step(self) -> int:

@@ -65,12 +65,12 @@ def test_an_episode_about_another_task_is_refused():
 
 def test_a_newer_codec_is_refused():
   tensors = safetensors_numpy.load(codec.encode(sample_groups.make_group()))
-  record = json.loads(tensors["record"].tobytes()) | {"codec": 3}
+  record = json.loads(tensors["record"].tobytes()) | {"codec": 4}
   text = json.dumps(record).encode()
   data = safetensors_numpy.save(
     {**tensors, "record": np.frombuffer(text, np.uint8)}
   )
-  with pytest.raises(errors.PoolError, match="codec 3"):
+  with pytest.raises(errors.PoolError, match="codec 4"):
     codec.decode(data)
 
 
@@ -85,7 +85,9 @@ def random_forest(rng, count):
       rng, str(len(made)), rng.integers(4), rng.integers(4)
     )
     prompt = np.concatenate([cut, new.prompt_ids])
-    made.append(dataclasses.replace(new, prompt_ids=prompt))
+    # A parent is a hint: right, or wrong, or none.
+    parent = rng.choice([made[-1].id, base.id, "none", new.id])
+    made.append(dataclasses.replace(new, prompt_ids=prompt, parent=str(parent)))
   return made
 
 
@@ -126,8 +128,9 @@ def test_a_history_that_grows_shares_its_memory():
   made = [sample_groups.make_completion(rng, "0", 50, 3)]
   for number in range(9):
     prompt = np.concatenate([made[-1].prompt_ids, made[-1].response_ids])
-    new = sample_groups.make_completion(rng, f"{number}", 0, 4)
-    made.append(dataclasses.replace(new, prompt_ids=prompt))
+    new = sample_groups.make_completion(rng, f"{number + 1}", 0, 4)
+    parent = str(number)
+    made.append(dataclasses.replace(new, prompt_ids=prompt, parent=parent))
   (episode,) = sample_groups.make_group(episodes=1, turns=0).episodes
   group = dataclasses.replace(
     sample_groups.make_group(episodes=0),

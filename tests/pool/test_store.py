@@ -3,12 +3,8 @@
 import errno
 import logging
 import os
-import pathlib
 import random
 import shutil
-import signal
-import subprocess
-import sys
 import threading
 import time
 
@@ -299,54 +295,3 @@ def test_nothing_is_written_after_a_failed_sync(tmp_path, monkeypatch):
   pool.close()
   with store.DataPool.open(tmp_path) as pool:
     assert_holds(pool, range(1))
-
-
-_WRITER = """
-import sys
-import sample_groups
-from forge_jax.pool import store
-pool = store.DataPool.open(sys.argv[1], store.PoolConfig(200_000))
-index = len(pool)
-print("open", flush=True)
-while True:
-  pool.append(sample_groups.make_group(index, turns=30, seed=index))
-  print(index, flush=True)
-  index += 1
-"""
-
-
-def test_nothing_acknowledged_is_lost_by_kill_9(tmp_path):
-  """Eight rounds of a child that is killed at a random instant."""
-  folder = pathlib.Path(__file__).parent
-  root = folder.parent.parent
-  environ = os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{folder}"}
-  rng = random.Random(1)
-  acknowledged = -1
-  for _ in range(8):
-    with subprocess.Popen(
-      [sys.executable, "-c", _WRITER, str(tmp_path)],
-      stdout=subprocess.PIPE,
-      env=environ,
-      text=True,
-    ) as child:
-      assert child.stdout.readline() == "open\n"
-      killer = threading.Timer(
-        rng.uniform(0.0, 0.15), child.send_signal, (signal.SIGKILL,)
-      )
-      killer.start()
-      lines = child.stdout.read().split("\n")
-      killer.join()
-    assert child.returncode == -signal.SIGKILL
-    # A line that was cut off has not told anything.
-    acknowledged = max([acknowledged, *map(int, lines[:-1])])
-    with store.DataPool.open(tmp_path, readonly=True) as pool:
-      indices = pool.indices()
-      # One more than acknowledged may be whole, never less.
-      assert indices in (
-        list(range(acknowledged + 1)),
-        list(range(acknowledged + 2)),
-      )
-      for index in indices:
-        assert pool.get(index).index == index
-      acknowledged = max([acknowledged, *indices])
-  assert acknowledged > 0
