@@ -48,6 +48,15 @@ class Component(enum.StrEnum):
   PROCESS = "process"  # dense, about one completion's behaviour
 
 
+class RequestKind(enum.StrEnum):
+  """What an agent wants a completion for, as far as can be told."""
+
+  MAIN = "main"  # the task
+  SUB_AGENT = "sub-agent"  # a part of it, in a conversation of its own
+  TITLE = "title"  # a name for the conversation
+  COMPACTION = "compaction"  # a summary that will replace the conversation
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Task:
   """One thing to do. Written by tasks/, read by rollout/ and agents/."""
@@ -68,6 +77,19 @@ class Reward:
   step: int | None = None  # completion it belongs to; None: the last one
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Request:
+  """What asked for a completion. Written by the gateway."""
+
+  protocol: str  # its route under the base URL, such as "/chat/completions"
+  model: str  # the name that was asked for, whatever it was
+  digest: str  # of the request's bytes: a repeated one has the same
+  kind: RequestKind = RequestKind.MAIN
+  client_ids: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  retry_of: str | None = None  # completion that did not arrive, asked for again
+  arrived: float = 0.0  # seconds since the session was opened
+
+
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Completion:
   """One (state, action) pair, exactly as sampled. Written by the gateway.
@@ -86,6 +108,10 @@ class Completion:
   fork_reason: str | None = None  # why a continuation did not extend; or None
   started: float = 0.0  # seconds since the session was opened
   finished: float = 0.0  # seconds since the session was opened
+  first_token: float | None = None  # likewise; None: not known
+  malformed: bool = False  # a tool call was attempted that is none
+  delivered: bool = True  # False: the client did not get the whole reply
+  request: Request | None = None  # None: not known
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)

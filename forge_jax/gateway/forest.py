@@ -5,13 +5,14 @@ response, as sampled, followed by the node's own added ids. Nothing that was
 sampled is ever encoded again.
 """
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 import dataclasses
 from typing import Any
 
 import numpy as np
 
 from forge_jax import types
+from forge_jax.gateway import wire
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -29,6 +30,9 @@ class Node:
   stop_reason: types.StopReason
   started: float  # seconds since the session was opened
   finished: float  # seconds since the session was opened
+  first_token: float | None = None  # seconds since the session was opened
+  malformed: bool = False  # a tool call was attempted that is none
+  request: types.Request | None = None
 
   def prompt_ids(self) -> np.ndarray:
     """The whole prompt, int32."""
@@ -44,11 +48,18 @@ class Node:
     return np.concatenate([self.prompt_ids(), self.response_ids])
 
 
-def completions(nodes: Iterable[Node]) -> tuple[types.Completion, ...]:
+def completions(
+  nodes: Iterable[Node], lost: Container[str] = ()
+) -> tuple[types.Completion, ...]:
   """Nodes as completions; each comes after its parent, which is among them.
 
-  A prompt that another goes on from is a view of the other's, so that a
-  session takes room for its length, not its square.
+  Args:
+    nodes: of the forest.
+    lost: names of those that did not arrive.
+
+  Returns:
+    A prompt that another goes on from is a view of the other's, so that a
+    session takes room for its length, not its square.
   """
   nodes = list(nodes)
   prompts: dict[int, np.ndarray] = {}
@@ -62,14 +73,18 @@ def completions(nodes: Iterable[Node]) -> tuple[types.Completion, ...]:
       prompts[above.number] = prompt[:length]
       length -= len(above.added_ids)
       above = above.parent
-  return tuple(_completion(node, prompts[node.number]) for node in nodes)
+  return tuple(
+    _completion(node, prompts[node.number], node.name not in lost)
+    for node in nodes
+  )
 
 
 def to_json(nodes: Iterable[Node]) -> list[dict[str, Any]]:
   """The forest as JSON: a prompt and a response node per completion.
 
   A node has id, parent, role, the token_ids it adds, whether they were sampled,
-  and the mismatch that kept its request from extending more.
+  and the mismatch that kept its request from extending more. A sampled one has
+  how it ended, whether a tool call in it is malformed, and what asked for it.
   """
   values = []
   for node in nodes:
@@ -91,12 +106,17 @@ def to_json(nodes: Iterable[Node]) -> list[dict[str, Any]]:
         "token_ids": node.response_ids.tolist(),
         "sampled": True,
         "mismatch": None,
+        "stop_reason": node.stop_reason.value,
+        "malformed": node.malformed,
+        "request": wire.request_to_json(node.request),
       }
     )
   return values
 
 
-def _completion(node: Node, prompt_ids: np.ndarray) -> types.Completion:
+def _completion(
+  node: Node, prompt_ids: np.ndarray, delivered: bool
+) -> types.Completion:
   return types.Completion(
     id=node.name,
     prompt_ids=prompt_ids,
@@ -108,4 +128,8 @@ def _completion(node: Node, prompt_ids: np.ndarray) -> types.Completion:
     fork_reason=node.fork_reason,
     started=node.started,
     finished=node.finished,
+    first_token=node.first_token,
+    malformed=node.malformed,
+    delivered=delivered,
+    request=node.request,
   )

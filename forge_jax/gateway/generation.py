@@ -9,11 +9,19 @@ was sampled until then is recorded, marked ABORT.
 
 from collections.abc import AsyncGenerator, AsyncIterator
 import dataclasses
+import time
 from typing import Any
 
 from forge_jax import types
 from forge_jax.engine import api
-from forge_jax.gateway import raw_prompts, refusal, render, sessions, stream
+from forge_jax.gateway import (
+  attempts,
+  raw_prompts,
+  refusal,
+  render,
+  sessions,
+  stream,
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -59,8 +67,10 @@ class Generation:
     renderer: render.Renderer,
     session: sessions.Session,
     turn: Turn,
+    attempt: attempts.Attempt | None = None,
+    choice: int = 0,
   ):
-    """Plans the request.
+    """Plans the request, a choice of an `attempt` at the gateway.
 
     Raises:
       Refusal: the messages or the tools cannot be rendered.
@@ -72,15 +82,16 @@ class Generation:
     self._recorded = False
     if turn.prompt is None:
       self.plan = session.begin(
-        renderer, turn.messages, turn.tools, renderer.effort
+        renderer, turn.messages, turn.tools, renderer.effort, attempt, choice
       )
     else:
-      self.plan = session.begin_raw(renderer, turn.prompt)
+      self.plan = session.begin_raw(renderer, turn.prompt, attempt, choice)
     self._engine = engine
     self._chunks: AsyncGenerator[api.TokenChunk] | None = None
     self.token_ids: list[int] = []
     self.logprobs: list[float] = []
     self._versions: list[int] = []
+    self._first_token: float | None = None  # time.monotonic()
     self.stop_reason = types.StopReason.ABORT
     self.stop_string: str | None = None  # which of the turn's ended the reply
     self.reply = render.Reply("")
@@ -124,6 +135,8 @@ class Generation:
       )
     )
     async for chunk in self._chunks:
+      if chunk.token_ids and self._first_token is None:
+        self._first_token = time.monotonic()
       self.token_ids += chunk.token_ids
       self.logprobs += chunk.logprobs
       self._versions += chunk.versions
@@ -165,6 +178,11 @@ class Generation:
     return message
 
   @property
+  def finished(self) -> bool:
+    """Whether the reply was sampled to its end."""
+    return self.stop_reason != types.StopReason.ABORT
+
+  @property
   def cached_tokens(self) -> int:
     """Tokens of the prompt that come, as they are, from a recorded parent."""
     return len(self.plan.prompt_ids) - len(self.plan.added_ids)
@@ -202,6 +220,8 @@ class Generation:
       versions=self._versions,
       stop_reason=self.stop_reason,
       reply=reply,
+      first_token=self._first_token,
+      malformed=self.reply.malformed,
     )
 
   def _sampling(self, max_context: int) -> api.SamplingParams:

@@ -6,7 +6,7 @@ holds what it adds to its parent, tokens and messages, so that a session's
 records take room for its length.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 import dataclasses
 import time
 from typing import Any
@@ -47,6 +47,11 @@ def rewards(given: Sequence[types.Reward]) -> dict[str, Any]:
   return {"kind": "rewards", "rewards": [wire.reward_to_json(r) for r in given]}
 
 
+def lost(names: Iterable[str]) -> dict[str, Any]:
+  """Completions that did not arrive."""
+  return {"kind": "lost", "completions": list(names)}
+
+
 def completion(
   node: forest.Node,
   asked: lineages.Match | raw_prompts.Prompt,
@@ -66,6 +71,7 @@ def completion(
     value[name] = value[name].tobytes()
   value["parent"] = None if node.parent is None else node.parent.number
   value["stop_reason"] = node.stop_reason.value
+  value["request"] = wire.request_to_json(node.request)
   if isinstance(asked, lineages.Match):
     new = slice(None if node.parent is None else asked.depth, None)
     asked = asked.messages[new]
@@ -87,5 +93,6 @@ def read_node(
       **arrays,
       "parent": None if parent is None else nodes[parent],
       "stop_reason": types.StopReason(value["stop_reason"]),
+      "request": wire.request_from_json(value["request"]),
     }
   )

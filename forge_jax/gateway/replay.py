@@ -39,6 +39,8 @@ class Replay:
         self.session.reward(rewards)
       case "closed":
         self.session.close()
+      case "lost":
+        self.session.attempts.lost.update(record["completions"])
       case "response":
         self._respond(record)
       case "deletion":

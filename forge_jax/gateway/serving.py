@@ -17,6 +17,7 @@ from forge_jax import errors
 from forge_jax.engine import api
 from forge_jax.gateway import (
   admission,
+  attempts,
   generation,
   http,
   journal,
@@ -63,29 +64,39 @@ class Service:
       ForgeError: it is refused, or fails before its first token.
     """
     self._gate.check(session.id)  # before the body is read
-    asked = dialect.parse(await http.read_json(request), session)
+    body = await http.read_json(request)
+    asked = dialect.parse(body, session)
+    attempt = session.attempts.begin(
+      attempts.read(
+        dialect.PATH, body["model"], await request.read(), request.headers
+      )
+    )
     choices: list[generation.Generation] = []
-    started = time.monotonic()
+    started, delivered = time.monotonic(), False
     try:
       async with (
         self._gate.permit(session.id),
         contextlib.AsyncExitStack() as s,
       ):
-        for turn in asked.turns:
+        for number, turn in enumerate(asked.turns):
           choice = generation.Generation(
-            self._engine, self._renderer, session, turn
+            self._engine, self._renderer, session, turn, attempt, number
           )
           choices.append(await s.enter_async_context(choice))
         if asked.stream:
           events = asked.events(choices, self._renderer)
-          return await self._stream(request, choices, events)
+          response = await self._stream(request, choices, events)
+          delivered = all(choice.finished for choice in choices)
+          return response
         async with contextlib.aclosing(_deltas(choices, False)) as deltas:
           async for _ in deltas:
             pass
         text = asked.reply(choices, self._renderer)
         await self._journal.sync()
+        delivered = request.transport is not None
         return web.Response(text=text, content_type="application/json")
     finally:
+      session.end(attempt, delivered)
       seconds = time.monotonic() - started
       self._figures.completed(dialect.PATH, seconds, choices)
 

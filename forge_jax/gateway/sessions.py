@@ -25,7 +25,9 @@ import numpy as np
 
 from forge_jax import types
 from forge_jax.gateway import (
+  attempts,
   forest,
+  kinds,
   lineages,
   raw_prompts,
   records,
@@ -55,6 +57,9 @@ class Plan:
   asked: lineages.Match | raw_prompts.Prompt
   tools: bytes  # digest of its tools, and of what else the prompt depends on
   started: float  # seconds since the session was opened
+  request: types.Request | None = None
+  attempt: attempts.Attempt | None = None
+  choice: int = 0  # of the attempt
 
 
 class Session:
@@ -89,6 +94,8 @@ class Session:
     self._running: dict[int, Plan] = {}
     self._idle = asyncio.Event()
     self._idle.set()
+    self.attempts = attempts.Attempts()
+    self._kinds = kinds.Kinds()
     self._lineages = lineages.Lineages()
     self._raw = raw_prompts.RawPrompts()
     # What the Responses protocol keeps.
@@ -100,11 +107,20 @@ class Session:
     messages: types.Messages,
     tools: types.Messages,
     effort: str | None = None,
+    attempt: attempts.Attempt | None = None,
+    choice: int = 0,
   ) -> Plan:
     """Finds where a request belongs and what its prompt is.
 
-    Every plan must be ended by `record` or `drop`. Requests whose templates
-    were given another `effort` of reasoning do not extend each other.
+    Every plan must be ended by `record` or `drop`.
+
+    Args:
+      renderer: of the model.
+      messages: the conversation.
+      tools: that the model is shown.
+      effort: of reasoning; requests with another do not extend each other.
+      attempt: the request at the gateway, of which this is a choice.
+      choice: its number.
 
     Raises:
       Refusal: the session is closed, or the template refuses the messages or
@@ -130,10 +146,15 @@ class Session:
         prompt = prompt_ids + response_ids + added
     if added is None:
       prompt = added = renderer.render(messages, tools)
-    return self._start(parent, reason, added, prompt, match, digest)
+    plan = self._start(parent, reason, added, prompt, match, digest)
+    return self._asked_by(attempt, choice, plan, messages, tools)
 
   def begin_raw(
-    self, renderer: render.Renderer, prompt: raw_prompts.Prompt
+    self,
+    renderer: render.Renderer,
+    prompt: raw_prompts.Prompt,
+    attempt: attempts.Attempt | None = None,
+    choice: int = 0,
   ) -> Plan:
     """Finds where a raw prompt belongs and what its token ids are.
 
@@ -141,7 +162,8 @@ class Session:
     and encodes only the rest. A text does not show the tokens that stopped the
     reply: such a prompt keeps the ids before them, but is a root.
 
-    Every plan must be ended by `record` or `drop`.
+    Every plan must be ended by `record` or `drop`. `attempt` and `choice` are
+    those of `begin`.
 
     Raises:
       Refusal: the session is closed.
@@ -157,7 +179,8 @@ class Session:
     else:
       added = ids = [*parent.prompt_ids().tolist(), *kept, *rest]
       parent, reason = None, REPLY_CUT
-    return self._start(parent, reason, added, ids, prompt)
+    plan = self._start(parent, reason, added, ids, prompt)
+    return self._asked_by(attempt, choice, plan, (), ())
 
   def record(
     self,
@@ -168,6 +191,8 @@ class Session:
     versions: Sequence[int],
     stop_reason: types.StopReason,
     reply: types.Message | str | None,
+    first_token: float | None = None,
+    malformed: bool = False,
   ) -> None:
     """Records what was sampled.
 
@@ -178,7 +203,14 @@ class Session:
       versions: of the weights.
       stop_reason: why the response ended.
       reply: what will be delivered, for a raw prompt the text; None: nothing.
+      first_token: when it was sampled, time.monotonic().
+      malformed: whether a tool call was attempted that is none.
     """
+    request = plan.request
+    if plan.attempt is not None:
+      retry_of = plan.attempt.repeats(plan.choice)
+      request = dataclasses.replace(request, retry_of=retry_of)
+      plan.attempt.completions[plan.choice] = plan.request_id
     node = forest.Node(
       number=plan.number,
       name=plan.request_id,
@@ -191,6 +223,9 @@ class Session:
       stop_reason=stop_reason,
       started=plan.started,
       finished=self._clock(),
+      first_token=None if first_token is None else first_token - self._opened,
+      malformed=malformed,
+      request=request,
     )
     self.log(records.completion(node, plan.asked, plan.tools, reply))
     self._keep(node, plan.asked, plan.tools, reply)
@@ -215,6 +250,8 @@ class Session:
     if node.fork_reason is not None:
       self.fork_reasons[node.fork_reason] += 1
     if isinstance(reply, Mapping):
+      if node.request and node.request.kind == types.RequestKind.MAIN:
+        self._kinds.restore(said)
       said = self._lineages.find(said, tools)
     self._keep(node, said, tools, reply)
 
@@ -222,6 +259,12 @@ class Session:
     """Adds rewards."""
     self.log(records.rewards(rewards))
     self.rewards += rewards
+
+  def end(self, attempt: attempts.Attempt, delivered: bool) -> None:
+    """Ends a request at the gateway; was the client sent the whole reply?"""
+    self.attempts.end(attempt, delivered)
+    if attempt.lost and attempt.completions:
+      self.log(records.lost(attempt.completions.values()))
 
   def drop(self, plan: Plan) -> None:
     """Ends a request of which nothing was sampled, or that was recorded."""
@@ -240,7 +283,7 @@ class Session:
 
   def completions(self) -> tuple[types.Completion, ...]:
     """Everything recorded, in the order it was requested."""
-    return forest.completions(self._in_order())
+    return forest.completions(self._in_order(), self.attempts.lost)
 
   def forest_json(self) -> list[dict[str, Any]]:
     """What was recorded so far, as the JSON of `forest.to_json`."""
@@ -307,6 +350,33 @@ class Session:
     )
     self._running[number] = plan
     self._idle.clear()
+    return plan
+
+  def _asked_by(
+    self,
+    attempt: attempts.Attempt | None,
+    choice: int,
+    plan: Plan,
+    messages: types.Messages,
+    tools: types.Messages,
+  ) -> Plan:
+    """The plan with what is known of its request."""
+    if attempt is None:
+      return plan
+    above = plan.parent and plan.parent.request
+    kind = self._kinds.tell(
+      messages,
+      tools,
+      attempt.caller.client_ids,
+      parent=above and above.kind,
+      replays=plan.fork_reason is not None,
+      first=not self._nodes,
+    )
+    request = attempt.request(kind, self._opened)
+    plan = dataclasses.replace(
+      plan, request=request, attempt=attempt, choice=choice
+    )
+    self._running[plan.number] = plan
     return plan
 
   def _in_order(self) -> list[forest.Node]:

@@ -1,6 +1,7 @@
 """The JSON form of what the gateway's admin routes hand out and take in."""
 
 from collections.abc import Mapping, Sequence
+import dataclasses
 import math
 from typing import Any
 
@@ -33,6 +34,10 @@ def completions_to_json(
       "fork_reason": c.fork_reason,
       "started": c.started,
       "finished": c.finished,
+      "first_token": c.first_token,
+      "malformed": c.malformed,
+      "delivered": c.delivered,
+      "request": request_to_json(c.request),
     }
     for c in completions
   ]
@@ -59,8 +64,26 @@ def completions_from_json(
       fork_reason=value["fork_reason"],
       started=value["started"],
       finished=value["finished"],
+      first_token=value["first_token"],
+      malformed=value["malformed"],
+      delivered=value["delivered"],
+      request=request_from_json(value["request"]),
     )
   return tuple(completions.values())
+
+
+def request_to_json(request: types.Request | None) -> dict[str, Any] | None:
+  """What asked for a completion, as JSON values."""
+  if request is None:
+    return None
+  return {**dataclasses.asdict(request), "kind": request.kind.value}
+
+
+def request_from_json(value: Mapping[str, Any] | None) -> types.Request | None:
+  """The inverse of `request_to_json`."""
+  if value is None:
+    return None
+  return types.Request(**{**value, "kind": types.RequestKind(value["kind"])})
 
 
 def reward_to_json(reward: types.Reward) -> dict[str, Any]:

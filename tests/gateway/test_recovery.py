@@ -105,6 +105,9 @@ REPLIES = ("one", CALL, "three", "four", "<think>hm</think>five", "six")
 MORE = ("raw one", "raw two", "seven", "eight", "nine", "ten", "eleven")
 
 
+TIMES = ("started", "first_token", "finished")
+
+
 def requests():
   """What an agent sends, turn by turn: (path, body)."""
   call = {"id": "other", "type": "function"}
@@ -142,11 +145,17 @@ def requests():
   )
 
 
-def without_times(closed):
-  closed = json.loads(json.dumps(closed))
-  for completion in closed["completions"]:
-    assert 0 <= completion.pop("started") <= completion.pop("finished") < 600
-  return closed
+def without_times(shown):
+  """A closed session or a forest, its times checked and taken out."""
+  shown = json.loads(json.dumps(shown))
+  for one in shown.get("completions") or shown["nodes"]:
+    times = [one[k] for k in TIMES if k in one]
+    if one.get("request"):
+      times.insert(0, one["request"].pop("arrived"))
+    assert times == sorted(times) and all(0 <= t < 600 for t in times)
+    for name in TIMES:
+      one.pop(name, None)
+  return shown
 
 
 def test_a_gateway_that_dies_after_every_request_forgets_nothing(restarting):
@@ -162,7 +171,8 @@ def test_a_gateway_that_dies_after_every_request_forgets_nothing(restarting):
         {"rewards": [{"name": "r", "value": 0.5, "step": 0}]},
       )
     always.restart()
-    assert always.forest("s") == once.forest("s")
+    forests = [without_times(each.forest("s")) for each in (once, always)]
+    assert forests[0] == forests[1]
   ended = [
     without_times(each.ended("s", key))
     for each, key in zip((once, always), keys, strict=True)

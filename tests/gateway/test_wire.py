@@ -14,6 +14,18 @@ def int32(values):
   return np.asarray(values, np.int32)
 
 
+REQUESTS = st.none() | st.builds(
+  types.Request,
+  protocol=st.just("/messages"),
+  model=st.text(),
+  digest=st.just("ab"),
+  kind=st.sampled_from(types.RequestKind),
+  client_ids=st.dictionaries(st.text(), st.text(), max_size=2),
+  retry_of=st.sampled_from([None, "s/0"]),
+  arrived=st.just(0.0625),
+)
+
+
 @st.composite
 def forests(draw):
   """Completions whose prompts extend those before them, or are roots."""
@@ -39,6 +51,10 @@ def forests(draw):
         fork_reason=draw(st.sampled_from([None, "tools"])),
         started=0.125,
         finished=1.5,
+        first_token=draw(st.sampled_from([None, 1.25])),
+        malformed=draw(st.booleans()),
+        delivered=draw(st.booleans()),
+        request=draw(REQUESTS),
       )
     )
   return made

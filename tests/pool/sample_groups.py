@@ -20,6 +20,18 @@ def make_completion(rng, name, prompt, response):
     fork_reason="history rewritten" if name.endswith("1") else None,
     started=float(rng.random()),
     finished=float(rng.random()) + 1,
+    first_token=float(rng.random()),
+    malformed=name.endswith("1"),
+    delivered=name.endswith("0"),
+    request=types.Request(
+      protocol="/messages",
+      model="é",
+      digest="ab",
+      kind=types.RequestKind.COMPACTION,
+      client_ids={"thread-id": "t"},
+      retry_of=f"{name}-before",
+      arrived=float(rng.random()),
+    ),
   )
 
 
