@@ -13,8 +13,16 @@ import httpx
 import numpy as np
 import pytest
 
-from forge_jax import client, errors
-from forge_jax.gateway import scripted, server, session_table
+from forge_jax import client, errors, types
+from forge_jax.gateway import (
+  attempts,
+  records,
+  replay,
+  scripted,
+  server,
+  session_table,
+  sessions,
+)
 from forge_jax.pool import segment
 
 TOOL = {
@@ -383,3 +391,38 @@ def test_a_full_disk_is_a_503(tmp_path, monkeypatch):
         assert reply.status_code == (200 if stream else 503)
         assert "[DONE]" not in reply.text
     assert len(session.completions) == 2
+
+
+def test_what_was_lost_and_what_is_the_main_conversation_come_back():
+  class Empty:
+    def render(self, messages, tools):
+      return [1]
+
+  opening = records.opening("s", 0, {}, (b"", b""))
+  left, session = [], sessions.Session("s", 0, {})
+  session.log = left.append
+
+  def ask(session, system, arrives=True):
+    caller = attempts.read("/messages", "m", system.encode(), {})
+    attempt = session.attempts.begin(caller)
+    messages = [{"role": "system", "content": system}, user("?")]
+    plan = session.begin(Empty(), messages, (), attempt=attempt)
+    session.record(
+      plan,
+      response_ids=[1],
+      logprobs=[-1.0],
+      versions=[0],
+      stop_reason=types.StopReason.STOP,
+      reply=says("!"),
+    )
+    session.end(attempt, arrives)
+    return plan.request.kind.value
+
+  assert ask(session, "You are the agent.") == "main"
+  assert ask(session, "You search.", arrives=False) == "sub-agent"
+  back = replay.Replay(opening)
+  for record in left:
+    back.apply(record)
+  assert [c.delivered for c in back.session.completions()] == [True, False]
+  assert ask(back.session, "You are the agent.") == "main"
+  assert ask(back.session, "You search.") == "sub-agent"
