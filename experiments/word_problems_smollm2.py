@@ -21,7 +21,7 @@ Result:    greedy success on 200 held-out questions, seeds 0, 1, 2:
 import ml_collections
 
 from forge_jax import settings
-from forge_jax.agents import react
+from forge_jax.agents import context, react
 from forge_jax.engine import engine
 from forge_jax.gateway import server
 from forge_jax.model import sharding
@@ -59,6 +59,7 @@ def get_config() -> ml_collections.ConfigDict:
   )
   sections = {
     "agent": settings.defaults(react.ReactConfig),
+    "context": settings.defaults(context.ContextConfig),
     "gateway": settings.defaults(server.GatewayConfig, "admin_token"),
     # One shape for each kind of step, of at least 64 tokens: then a sampled
     # token does not depend, to the last bit, on what else is in the batch.

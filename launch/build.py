@@ -7,7 +7,7 @@ from flax import nnx
 import jax.numpy as jnp
 
 from forge_jax import errors, paths, settings, types
-from forge_jax.agents import react
+from forge_jax.agents import context, react
 from forge_jax.engine import engine as engine_lib
 from forge_jax.engine import grammar
 from forge_jax.gateway import server
@@ -34,6 +34,7 @@ _DOMAINS = {
 _SECTIONS = {
   "agent": react.ReactConfig,
   "checkpoint": checkpoint.CheckpointConfig,
+  "context": context.ContextConfig,
   "credit": credit.CreditConfig,
   "curation": curation.CurationConfig,
   "engine": engine_lib.EngineConfig,
@@ -181,6 +182,7 @@ class Blueprint:
       tokenizer,
       self.parts["gateway"],
       self.parts["agent"],
+      self.parts["context"],
       self.rollout,
       self.domains,
     )

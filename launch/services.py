@@ -10,7 +10,7 @@ from collections.abc import Coroutine, Mapping
 import threading
 from typing import Any
 
-from forge_jax.agents import react
+from forge_jax.agents import context, react
 from forge_jax.engine import engine as engine_lib
 from forge_jax.gateway import client, server
 from forge_jax.pool import queue as queue_lib
@@ -28,12 +28,14 @@ class Services:
     tokenizer: Any,
     gateway_config: server.GatewayConfig,
     agent_config: react.ReactConfig,
+    context_config: context.ContextConfig,
     rollout_config: host.RolloutConfig,
     domains: Mapping[str, tasks_base.Domain],
   ):
     self.engine = engine
     self._gateway_config = gateway_config
     self._agent_config = agent_config
+    self._context_config = context_config
     self._rollout = rollout_config
     self._domains = domains
     self._gateway = server.Gateway(engine, tokenizer, gateway_config)
@@ -98,7 +100,9 @@ class Services:
     self._client = client.GatewayClient(
       self._gateway.url, self._gateway.admin_token
     )
-    self._agent = react.ReactAgent(self._agent_config)
+    self._agent = react.ReactAgent(
+      self._agent_config, context=self._context_config
+    )
 
   async def _start_host(self, mixture, queue) -> None:
     self._host = host.RolloutHost(

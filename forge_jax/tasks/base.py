@@ -21,8 +21,13 @@ class Environment(Protocol):
   def reset(self) -> types.Messages:
     """The messages that open the conversation."""
 
-  def respond(self, reply: types.Message) -> types.Messages | None:
-    """Answers an assistant message; None ends the episode."""
+  def respond(
+    self, reply: types.Message
+  ) -> types.Messages | Awaitable[types.Messages | None] | None:
+    """Answers an assistant message; None ends the episode.
+
+    What takes its time (a slow tool) is a coroutine.
+    """
 
   def rewards(
     self,
