@@ -5,7 +5,7 @@ Command:   python -m launch.engine --config=experiments/serve_engine.py
 Other model: --config.model.path=my_model, a folder with safetensors, config
            and tokenizer; --config.model.weights=weights/v12, a published
            version of its weights to begin with
-Hardware:  two CPU cores, 2 GB, for SmolLM2-135M.
+Hardware:  two CPU cores, 3 GB, for SmolLM2-135M.
 Result:    it says where it listens, in SGLang's native API (docs/engines.md).
 """
 

@@ -34,12 +34,17 @@ def run(name: str, server: Server, drain_seconds: float) -> None:
 async def _run(name: str, server: Server, drain_seconds: float) -> None:
   loop = asyncio.get_running_loop()
   signals: asyncio.Queue[int] = asyncio.Queue()
-  for number in (signal.SIGTERM, signal.SIGINT):
-    loop.add_signal_handler(number, signals.put_nowait, number)
+
+  def listen() -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+      loop.add_signal_handler(number, signals.put_nowait, number)
+
   try:
+    listen()
     starting = asyncio.create_task(server.start())
     if not await _before(starting, signals):
       return
+    listen()  # what was started may have taken the signals
     print(f"the {name} listens on {server.url}", flush=True)
     await signals.get()
     print(f"the {name} drains, for at most {drain_seconds:g} s", flush=True)

@@ -8,7 +8,13 @@ import re
 import pytest
 
 from forge_jax import errors, settings
-from launch import build, engine_service, gateway_service, keys
+from launch import (
+  build,
+  engine_service,
+  gateway_service,
+  keys,
+  sglang_jax_service,
+)
 
 FILES = sorted(
   path
@@ -67,6 +73,8 @@ def test_every_experiment_loads_and_fits_its_components(name, monkeypatch):
   command = re.search(r"python -m launch\.(\w+)", module.__doc__)
   values = module.get_config().to_dict()
   match command[1]:
+    case "engine" if "sglang_jax" in values:
+      sglang_jax_service.SGLangJaxService(values)
     case "engine":
       engine_service.EngineService(values)
     case "gateway":

@@ -43,6 +43,16 @@ class SGLangConfig(remote.RemoteConfig):
   control_seconds: float = 600.0  # for an update, a flush, a pause
 
 
+@dataclasses.dataclass(frozen=True)
+class SGLangJaxConfig:
+  """How to run sglang-jax's engine in this process; see `sglang_jax`."""
+
+  model_path: str
+  arguments: Mapping[str, Any]  # more of its `ServerArgs`, by their names
+  version: int = 0  # of the weights at the model's path
+  update_seconds: float = 600.0  # for running requests to finish
+
+
 class SGLangEngine(remote.RemoteEngine):
   """An `engine.api.Engine` that is a server; used from one asyncio loop.
 

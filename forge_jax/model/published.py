@@ -119,16 +119,27 @@ def read(
       of another model; the message names the file, tensor or field.
   """
   folder = pathlib.Path(folder)
+  _check_model(folder, _read_manifest(folder), config)
+  verify(folder, version)
+  _, params = huggingface.read_huggingface(folder)
+  return params
+
+
+def verify(folder: str | os.PathLike[str], version: int) -> None:
+  """Checks that a folder is whole and holds a version.
+
+  Raises:
+    CheckpointError: it is incomplete, damaged or of another version; the
+      message names the file.
+  """
+  folder = pathlib.Path(folder)
   manifest = _read_manifest(folder)
   if manifest["version"] != version:
     raise errors.CheckpointError(
       f"{folder}: holds version {manifest['version']}, expected {version}"
     )
-  _check_model(folder, manifest, config)
   for name, about in manifest["files"].items():
     _check_file(folder / name, about)
-  _, params = huggingface.read_huggingface(folder)
-  return params
 
 
 def _read_manifest(folder: pathlib.Path) -> dict[str, Any]:
