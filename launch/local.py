@@ -19,15 +19,17 @@ import time
 from typing import Any
 
 from flax import nnx
+import grain
 import numpy as np
 
 from forge_jax import errors, settings
 from forge_jax.model import decoder as decoder_lib
 from forge_jax.model import huggingface
 from forge_jax.observe import metrics as metrics_lib
+from forge_jax.pool import dataset
 from forge_jax.pool import queue as queue_lib
 from forge_jax.pool import store as store_lib
-from forge_jax.trainer import checkpoint, loop
+from forge_jax.trainer import checkpoint, loop, preparation
 from forge_jax.trainer import trainer as trainer_lib
 from launch import build, compilations, journal
 from launch import recorder as recorder_lib
@@ -84,8 +86,15 @@ class LocalRun:
       )
       stack.callback(checkpointer.close)
       queue = plan.queue(store)
+      batches = dataset.iterate(
+        queue,
+        trainer.config.groups_per_step,
+        trainer.prepare,
+        trainer.config.prepare_ahead,
+      )
+      stack.callback(batches.close)  # after the queue, for which it waits
       stack.callback(queue.close)
-      loop.restore(trainer, queue, checkpointer)
+      loop.restore(trainer, batches, checkpointer)
       services = plan.services(updater.decoder(trainer.state), trainer.step)
       with recorder_lib.Recorder(
         plan, self._workdir, trainer.step, self._started
@@ -93,7 +102,9 @@ class LocalRun:
         recorder.display.note("starting the engine")
         stack.enter_context(services)
         recorder.watch(services, queue)
-        self._run(trainer, queue, checkpointer, stop, services, recorder)
+        self._run(
+          trainer, batches, queue, checkpointer, stop, services, recorder
+        )
         if trainer.step >= plan.steps:
           self._finish(recorder, trainer.step)
         else:
@@ -105,6 +116,7 @@ class LocalRun:
   def _run(
     self,
     trainer: trainer_lib.Trainer,
+    batches: grain.DatasetIterator[preparation.StepBatch],
     queue: queue_lib.GroupQueue,
     checkpointer: checkpoint.Checkpointer,
     stop: loop.StopSignal,
@@ -129,6 +141,7 @@ class LocalRun:
       recorder.display.note("training")
     loop.train(
       trainer,
+      batches,
       queue,
       checkpointer,
       stop,

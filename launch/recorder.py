@@ -107,11 +107,9 @@ class Recorder:
   def record_step(self, step: int, values: Mapping[str, Any]) -> None:
     """Writes a trainer step's metrics with what the other parts did in it."""
     requested = int(values[names.TREE_REQUEST_TOKENS])
-    data_seconds = values[names.TIME_DATA]
-    train_seconds = values[names.TIME_TRAIN] - data_seconds
     add = self._meter.add
-    add(throughput.Part.TRAINING, requested, train_seconds)
-    add(throughput.Part.DATA, requested, data_seconds)
+    add(throughput.Part.TRAINING, requested, values[names.TIME_TRAIN])
+    add(throughput.Part.DATA, requested, values[names.TIME_DATA])
     services, queue = self._sources
     engine = services.engine.stats()
     add(

@@ -78,8 +78,8 @@ LAG_MAX = "lag/max"
 
 TIME_STEP = "time/step"  # wall-clock seconds of the whole step
 TIME_TRAIN = "time/train"  # of it, in the trainer
-TIME_DATA = "time/data"  # of that, crediting, merging and packing
-TIME_ROLLOUT_WAIT = "time/rollout_wait"  # of it, waiting for groups
+TIME_DATA = "time/data"  # crediting, merging and packing, in the background
+TIME_ROLLOUT_WAIT = "time/rollout_wait"  # of it, waiting for a batch
 TIME_ELAPSED = "time/elapsed"  # of the run so far, restarts included
 MEMORY_RSS_GB = "memory/rss_gb"  # peak resident memory so far, 1e9 bytes
 

@@ -27,6 +27,13 @@ class Claim:
   dropped: list[tuple[progress_lib.Ticket, bool]]  # whether again
   curated: Mapping[str, Any]  # the curation's state after it
 
+  def apply(self, progress: progress_lib.Progress) -> None:
+    """Notes in `progress` that the batch is trained."""
+    for ticket, again in self.dropped:
+      progress.drop(ticket, again)
+    for ticket in self.trained:
+      progress.train(ticket)
+
   def record(self, step: int) -> records.Claim:
     """What the store keeps of it."""
     return records.Claim(

@@ -151,10 +151,7 @@ class GroupQueue:
           f"and {len(self._claims)} batches are claimed"
         )
       claim = self._claims.popleft()
-      for ticket, again in claim.dropped:
-        self._progress.drop(ticket, again)
-      for ticket in claim.trained:
-        self._progress.train(ticket)
+      claim.apply(self._progress)
       self._curated = claim.curated
       self._trained_steps = step
       self._notify()
@@ -177,6 +174,20 @@ class GroupQueue:
         "trained_steps": self._trained_steps,
         **self._progress.state(),
         "curation": self._curated,
+      }
+
+  def position(self) -> dict[str, Any]:
+    """The state as it will be once all that is claimed is committed."""
+    with self._changed:
+      progress = progress_lib.Progress.restore(self._progress.state())
+      curated = self._curated
+      for claim in self._claims:
+        claim.apply(progress)
+        curated = claim.curated
+      return {
+        "trained_steps": self._trained_steps + len(self._claims),
+        **progress.state(),
+        "curation": curated,
       }
 
   def restore(self, state: Mapping[str, Any]) -> None:

@@ -16,11 +16,13 @@ import time
 from typing import Any
 
 from absl import logging
+import grain
 
 from forge_jax import types
 from forge_jax.observe import names
 from forge_jax.pool import queue as queue_lib
 from forge_jax.trainer import checkpoint as checkpoint_lib
+from forge_jax.trainer import preparation
 from forge_jax.trainer import trainer as trainer_lib
 
 
@@ -79,6 +81,7 @@ class StopSignal:
 
 def train(
   trainer: trainer_lib.Trainer,
+  batches: grain.DatasetIterator[preparation.StepBatch],
   queue: queue_lib.GroupQueue,
   checkpointer: checkpoint_lib.Checkpointer,
   stop: StopSignal,
@@ -95,7 +98,8 @@ def train(
 
   Args:
     trainer: at its first step, or restored.
-    queue: where the groups come from, restored to the same step.
+    batches: prepared ones, from `pool.dataset`, restored to the same step.
+    queue: where they come from; learns of each step that is over.
     checkpointer: where checkpoints go.
     stop: entered by the caller.
     steps: trainer steps of the whole run, those before a restart included.
@@ -106,16 +110,19 @@ def train(
     record: called after each step with its number and metrics.
   """
   saved = trainer.step if checkpointer.latest_step is not None else None
+  position = batches.get_state()
   while trainer.step < steps and not stop.requested:
     started = time.perf_counter()
     try:
       with stop.interruptible():
-        groups = queue.take(trainer.config.groups_per_step)
+        batch = next(batches)
       taken = time.perf_counter()
-      metrics = dict(trainer.take_step(groups, give_up=stop.check))
+      metrics = dict(trainer.take_step(batch, give_up=stop.check))
     except Interrupted:
       break
     trained = time.perf_counter()
+    # Of a batch that was taken and given up, the state keeps nothing.
+    position = batches.get_state()
     publish(trainer.weights())
     metrics[names.TIME_ROLLOUT_WAIT] = taken - started
     metrics[names.TIME_TRAIN] = trained - taken
@@ -124,27 +131,27 @@ def train(
     queue.commit(trainer.step)
     record(trainer.step, metrics)
     if checkpointer.due(trainer.step):
-      save(trainer, queue, checkpointer, seed)
+      save(trainer, position, checkpointer, seed)
       saved = trainer.step
   if saved != trainer.step:
-    save(trainer, queue, checkpointer, seed)
+    save(trainer, position, checkpointer, seed)
   checkpointer.wait()
 
 
 def save(
   trainer: trainer_lib.Trainer,
-  queue: queue_lib.GroupQueue,
+  position: Mapping[str, Any],
   checkpointer: checkpoint_lib.Checkpointer,
   seed: int,
 ) -> None:
-  """Begins a checkpoint of the trainer's state, the pool's cursor, the seed."""
-  host = {"step": trainer.step, "seed": seed, "queue": queue.state()}
+  """Begins a checkpoint of the trainer's state, the data's, the seed."""
+  host = {"step": trainer.step, "seed": seed, "queue": position}
   checkpointer.save(trainer.step, trainer.state, host)
 
 
 def restore(
   trainer: trainer_lib.Trainer,
-  queue: queue_lib.GroupQueue,
+  batches: grain.DatasetIterator,
   checkpointer: checkpoint_lib.Checkpointer,
 ) -> bool:
   """Continues from the newest checkpoint; False: there is none."""
@@ -152,5 +159,5 @@ def restore(
     return False
   state, host = checkpointer.restore(trainer.state)
   trainer.restore(host["step"], state)
-  queue.restore(host["queue"])
+  batches.set_state(host["queue"])
   return True

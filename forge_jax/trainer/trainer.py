@@ -1,18 +1,16 @@
-"""The trainer: takes groups, credits, packs, updates; publishes weights.
+"""The trainer: takes prepared batches, updates; publishes weights.
 
 Invariants:
   - `step` counts trainer steps taken; the weights' version is `step`.
   - A step takes its groups in the order of the batch and makes `minibatches`
     updates, each normalised by its own groups' response tokens.
-  - After `step(groups)` returns, the state is that of step + 1 and the old
+  - After `take_step` returns, the state is that of step + 1 and the old
     one's buffers are gone: published weights must be copies.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
-import itertools
 import logging
-import time
 from typing import Any
 
 import jax
@@ -20,8 +18,7 @@ import numpy as np
 
 from forge_jax import errors, types
 from forge_jax.observe import names
-from forge_jax.trainer import credit, mismatch, update
-from forge_jax.tree import collapse
+from forge_jax.trainer import credit, mismatch, preparation, update
 from forge_jax.tree import cost as cost_lib
 from forge_jax.tree import pack as pack_lib
 
@@ -35,9 +32,15 @@ class TrainerConfig(mismatch.MismatchConfig):
 
   groups_per_step: int = 8
   minibatches: int = 2  # optimizer updates of a step
+  prepare_ahead: int = 1  # batches kept ready beside the one being made; 0:
+  # each is made when the step before it is over
 
   def __post_init__(self):
     super().__post_init__()
+    if self.prepare_ahead < 0:
+      raise errors.ConfigError(
+        f"prepare_ahead is {self.prepare_ahead}; expected at least 0"
+      )
     if self.groups_per_step % self.minibatches:
       raise errors.ConfigError(
         f"minibatches={self.minibatches} does not divide "
@@ -62,11 +65,14 @@ class Trainer:
     self.step = 0
     self.state = updater.initial_state()
     self._updater = updater
-    self._credit = credit_config
-    self._pack = pack_config
-    self._vocab_size = vocab_size
     flops = updater.decoder(self.state).config.flops()
-    self._cost = cost_lib.Cost(flops.token, flops.pair, flops.edge)
+    self.prepare = preparation.Preparation(
+      config.minibatches,
+      credit_config,
+      pack_config,
+      vocab_size,
+      cost_lib.Cost(flops.token, flops.pair, flops.edge),
+    )
     self._shapes: set[tuple[int, ...]] = set()  # of device batches so far
 
   def weights(self) -> types.WeightsVersion:
@@ -79,15 +85,14 @@ class Trainer:
 
   def take_step(
     self,
-    groups: Sequence[types.Group],
+    batch: preparation.StepBatch,
     *,
     give_up: Callable[[], None] = lambda: None,
   ) -> dict[str, Any]:
     """One trainer step.
 
     Args:
-      groups: `groups_per_step` groups, in the order of their updates; a first
-        step may have fewer.
+      batch: what `prepare` made of `groups_per_step` groups.
       give_up: called while nothing of the state has changed; what it raises
         ends the step, and the trainer is as before.
 
@@ -95,24 +100,12 @@ class Trainer:
       Metrics by name; values may still be computing on the device.
 
     Raises:
-      SampleError: a group holds a malformed completion.
       MismatchError: engine and trainer differ by more than the config allows;
         nothing of the state has changed.
     """
-    parts = self._split(groups)
-    sums, norms, credits, packs, updates = None, [], [], [], []
-    data_seconds = 0.0
-    for i, part in enumerate(parts):
-      started = time.perf_counter()
-      samples, stats = credit.assign_credit(part, self._credit)
-      credits.append(stats)
-      batches, pack_stats = pack_lib.pack(
-        samples, self._pack, vocab_size=self._vocab_size, cost=self._cost
-      )
-      updates.append(samples)
-      packs.append(pack_stats)
-      data_seconds += time.perf_counter() - started
-      if not samples:
+    sums, norms = None, []
+    for i, batches in enumerate(batch.updates):
+      if not batches:
         continue  # every advantage is 0: there is no gradient
       gradient, new = self._accumulate(
         batches,
@@ -128,23 +121,16 @@ class Trainer:
       self.state, norm = self._updater.apply(self.state, gradient)
       norms.append(norm)
     # The host's figures are made while the device still computes.
-    metrics = _host_metrics(groups, self.step, credits)
-    metrics |= self._tree_metrics(updates, sum(packs[1:], packs[0]))
+    if batch.sharing.collapsed:
+      _LOG.warning("step %d: %s", self.step + 1, batch.sharing)
+    metrics: dict[str, Any] = batch.metrics(self.step, self.prepare.cost)
+    metrics[names.TREE_SHAPES] = len(self._shapes)
     jax.block_until_ready(self.state)
     if sums is not None:
       metrics |= _loss_metrics(sums, len(norms))
       metrics[names.TRAIN_GRAD_NORM] = sum(norms) / len(norms)
-    metrics[names.TIME_DATA] = data_seconds
     self.step += 1
     return metrics
-
-  def _split(
-    self, groups: Sequence[types.Group]
-  ) -> list[Sequence[types.Group]]:
-    """The groups of each update: as many in each, but for one."""
-    count = min(self.config.minibatches, len(groups))
-    ends = [len(groups) * i // count for i in range(count + 1)]
-    return [groups[a:b] for a, b in itertools.pairwise(ends)]
 
   def _accumulate(
     self,
@@ -178,59 +164,6 @@ class Trainer:
         "new shape of device batches: %d packs of %d tokens, %d edges, %d rows",
         *shape,
       )
-
-  def _tree_metrics(
-    self,
-    updates: Sequence[Sequence[types.Sample]],
-    packed: pack_lib.PackStats,
-  ) -> dict[str, float]:
-    """What merging saved; warns when it collapsed."""
-    sharing = collapse.examine(updates, packed.merge_ratio)
-    if sharing.collapsed:
-      _LOG.warning("step %d: %s", self.step + 1, sharing)
-    return {
-      names.TREE_REQUEST_TOKENS: packed.request_tokens,
-      names.TREE_UNIQUE_TOKENS: packed.unique_tokens,
-      names.TREE_MERGE_RATIO: packed.merge_ratio,
-      names.TREE_POSSIBLE_RATIO: sharing.possible_ratio,
-      names.TREE_COLLAPSED: float(sharing.collapsed),
-      names.TREE_FLOP_BOUND: packed.flop_bound(self._cost),
-      names.TREE_ACHIEVED: packed.achieved(self._cost),
-      names.TREE_FILL: packed.fill,
-      names.TREE_REPLAY: packed.replay,
-      names.TREE_BATCHES: packed.batches,
-      names.TREE_SHAPES: len(self._shapes),
-    }
-
-
-def _host_metrics(
-  groups: Sequence[types.Group],
-  step: int,
-  credits: Sequence[credit.CreditStats],
-) -> dict[str, float]:
-  """What credit and the groups tell."""
-  versions = [
-    completion.versions
-    for group in groups
-    for episode in group.episodes
-    for completion in episode.completions
-  ]
-  lag = step - np.concatenate([*versions, np.full(1, step)])
-  share = [c.episodes / sum(c.episodes for c in credits) for c in credits]
-
-  def mean(name: str) -> float:
-    values = [getattr(c, name) for c in credits]
-    return float(np.dot(share, values))
-
-  return {
-    names.TRAIN_REWARD: mean("mean_reward"),
-    names.TRAIN_SUCCESS: mean("success_rate"),
-    names.TRAIN_SAMPLES: sum(c.samples for c in credits),
-    names.TRAIN_RESPONSE_TOKENS: sum(c.response_tokens for c in credits),
-    # The one appended token of lag 0 keeps a batch without tokens defined.
-    names.LAG_MEAN: float(lag.sum()) / max(len(lag) - 1, 1),
-    names.LAG_MAX: int(lag.max()),
-  }
 
 
 def _loss_metrics(sums: Mapping[str, Any], updates: int) -> dict[str, Any]:

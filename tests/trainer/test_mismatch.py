@@ -34,7 +34,7 @@ def test_a_large_mismatch_stops_before_the_update_and_names_the_worst_token():
   before = jax.tree.map(np.array, made.state)
   groups, wrong = groups_with_a_wrong_token(by=1000.0)
   with pytest.raises(errors.MismatchError) as raised:
-    made.take_step(groups)
+    made.take_step(made.prepare(groups))
   worst = str(raised.value).partition("The worst: ")[2].partition(";")[0]
   whole = np.concatenate([wrong.prompt_ids, wrong.response_ids]).tolist()
   assert worst.startswith(
@@ -50,7 +50,7 @@ def test_a_large_mismatch_stops_before_the_update_and_names_the_worst_token():
 def test_a_smaller_one_warns_and_trains(caplog, limit, warns):
   _, made = test_trainer.make(mismatch_warn=limit)
   with caplog.at_level("WARNING", logger="forge_jax"):
-    made.take_step(test_trainer.groups())
+    made.take_step(made.prepare(test_trainer.groups()))
   told = [r.message for r in caplog.records if "disagree" in r.message]
   assert bool(told) == warns
   assert all("of version 0 sampled" in message for message in told)
@@ -61,7 +61,7 @@ def test_tokens_of_other_weights_do_not_count():
   _, made = test_trainer.make(mismatch_stop=0.5, mismatch_warn=0.0)
   made.restore(7, made.state)
   groups, _ = groups_with_a_wrong_token(by=1000.0)
-  made.take_step(groups)
+  made.take_step(made.prepare(groups))
   assert made.step == 8
 
 

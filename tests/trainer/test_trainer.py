@@ -118,7 +118,7 @@ def test_a_step_tells_what_its_trees_save(caplog):
   step_groups = groups()
   (requested, unique), work = by_hand(step_groups)
   with caplog.at_level(logging.WARNING, "forge_jax"):
-    found = made.take_step(step_groups)
+    found = made.take_step(made.prepare(step_groups))
   assert not caplog.records
   assert found[names.TREE_REQUEST_TOKENS] == requested
   assert found[names.TREE_UNIQUE_TOKENS] == unique
@@ -137,7 +137,9 @@ def test_a_shape_is_compiled_and_logged_once(caplog):
   up, made = make()
   with caplog.at_level(logging.INFO, "forge_jax"):
     for step in range(6):
-      found = made.take_step(groups(step, turns=1 if step % 2 else TURNS))
+      found = made.take_step(
+        made.prepare(groups(step, turns=1 if step % 2 else TURNS))
+      )
   lines = [r.message for r in caplog.records if "new shape" in r.message]
   assert len(lines) == len(set(lines)) == found[names.TREE_SHAPES] == up.traces
   assert len(lines) == PACK.buckets == 2
@@ -147,8 +149,8 @@ def test_a_shape_is_compiled_and_logged_once(caplog):
 def test_a_collapse_warns_once_a_step_and_says_why(caplog):
   _, made = make()
   with caplog.at_level(logging.WARNING, "forge_jax"):
-    first = made.take_step(groups(header=True))
-    made.take_step(groups(1, header=True))
+    first = made.take_step(made.prepare(groups(header=True)))
+    made.take_step(made.prepare(groups(1, header=True)))
   assert first[names.TREE_COLLAPSED] == 1
   assert first[names.TREE_MERGE_RATIO] < first[names.TREE_POSSIBLE_RATIO] / 2
   assert [r.message[:7] for r in caplog.records] == ["step 1:", "step 2:"]
@@ -159,7 +161,7 @@ def test_a_collapse_warns_once_a_step_and_says_why(caplog):
 
 def test_a_step_without_a_gradient_still_has_figures():
   _, made = make()
-  found = made.take_step(groups(rewards=(0.5, 0.5, 0.5)))
+  found = made.take_step(made.prepare(groups(rewards=(0.5, 0.5, 0.5))))
   tree = {n: v for n, v in found.items() if n.startswith("tree/")}
   assert len(tree) == 11
   assert np.isfinite(list(tree.values())).all()
@@ -182,17 +184,17 @@ def test_a_step_may_be_given_up_until_its_first_update():
     raise Stopped
 
   with pytest.raises(Stopped):
-    one.take_step(groups(), give_up=stop)
+    one.take_step(one.prepare(groups()), give_up=stop)
   assert one.step == 0
   for a, b in zip(
     jax.tree.leaves(before), jax.tree.leaves(one.state), strict=True
   ):
     np.testing.assert_array_equal(a, b)
-  one.take_step(groups(), give_up=count)
+  one.take_step(one.prepare(groups()), give_up=count)
   # Each of the two updates has one batch; the second is not given up.
   assert one.step == 1 and len(calls) == 1
   _, other = make()
-  other.take_step(groups())
+  other.take_step(other.prepare(groups()))
   for a, b in zip(
     jax.tree.leaves(other.state), jax.tree.leaves(one.state), strict=True
   ):
