@@ -107,7 +107,8 @@ def open_session(
     admin_token: the gateway's.
     id: the session's name, unique among the open ones.
     seed: of everything sampled in it, 0 <= seed < 2**31.
-    sampling: values of temperature, top_p and top_k for requests that set none.
+    sampling: values of temperature, top_p, top_k and min_p for requests that set
+      none.
     ca_file: PEM file of the authority behind the gateway's certificate.
 
   Yields:

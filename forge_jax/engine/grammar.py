@@ -103,7 +103,10 @@ class Grammars:
     return matcher.is_accepting() or not whole
 
   def _compile(self, text: str) -> llguidance.LLMatcher:
-    matcher = llguidance.LLMatcher(self._vocabulary, text, log_level=0)
+    try:
+      matcher = llguidance.LLMatcher(self._vocabulary, text, log_level=0)
+    except ValueError as error:  # half of a surrogate pair
+      raise errors.GrammarError(f"the grammar is no text: {error}") from error
     if matcher.is_error():
       raise errors.GrammarError(matcher.get_error())
     return matcher

@@ -32,6 +32,7 @@ _SAMPLING = {  # name -> (type, lowest, highest)
   "temperature": (float, 0.0, 2.0),
   "top_p": (float, 0.0, 1.0),
   "top_k": (int, 0, 2**31 - 1),
+  "min_p": (float, 0.0, 1.0),
 }
 
 

@@ -46,7 +46,7 @@ class GatewayClient:
     Args:
       id: the session's name, usually the episode's.
       seed: of everything sampled in the session, 0 <= seed < 2**31.
-      sampling: values of temperature, top_p and top_k for requests that set
+      sampling: values of temperature, top_p, top_k, min_p for requests that set
         none themselves.
 
     Raises:

@@ -12,7 +12,7 @@ import dataclasses
 import time
 from typing import Any
 
-from forge_jax import types
+from forge_jax import errors, types
 from forge_jax.engine import api
 from forge_jax.gateway import (
   attempts,
@@ -22,6 +22,7 @@ from forge_jax.gateway import (
   sessions,
   stream,
 )
+from forge_jax.gateway import constraint as constraint_lib
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -40,6 +41,13 @@ class Turn:
   temperature: float | None = None
   top_p: float | None = None
   top_k: int | None = None
+  min_p: float | None = None
+  presence_penalty: float = 0.0
+  frequency_penalty: float = 0.0
+  repetition_penalty: float = 1.0
+  logit_bias: tuple[tuple[int, float], ...] = ()
+  top_logprobs: int = 0  # alternatives to report beside each token
+  constraint: constraint_lib.Constraint = constraint_lib.FREE
   seed: int | None = None
   stop: tuple[str, ...] = ()
   hidden_tools: types.Messages = ()
@@ -48,12 +56,17 @@ class Turn:
   reasoning_effort: str | None = None  # see render.Renderer.with_effort
 
 
+# For each token the likeliest in its place, with their log-probabilities.
+Tops = tuple[tuple[tuple[int, float], ...], ...]
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Delta:
-  """What a chunk of tokens adds; the first three fields align."""
+  """What a chunk of tokens adds; the fields of tokens align."""
 
   token_ids: tuple[int, ...] = ()
   logprobs: tuple[float, ...] = ()
+  top_logprobs: Tops = ()  # empty if none were asked for
   reasoning: str = ""
   content: str = ""
 
@@ -73,23 +86,40 @@ class Generation:
     """Plans the request, a choice of an `attempt` at the gateway.
 
     Raises:
-      Refusal: the messages or the tools cannot be rendered.
+      Refusal: the messages or the tools cannot be rendered, or the model cannot
+        be constrained as the request asks.
     """
     self._renderer = renderer = renderer.with_effort(turn.reasoning_effort)
     self._session = session
     self._turn = turn
     self._tools = (*turn.tools, *turn.hidden_tools)  # that may be called
     self._recorded = False
+    constraint_lib.check(turn.constraint, renderer, self._tools)
+    for token, _ in turn.logit_bias:
+      if token >= renderer.vocabulary_size:
+        raise refusal.Refusal(
+          f"logit_bias: token {token} is outside the vocabulary of "
+          f"{renderer.vocabulary_size}",
+          param="logit_bias",
+        )
     if turn.prompt is None:
       self.plan = session.begin(
         renderer, turn.messages, turn.tools, renderer.effort, attempt, choice
       )
     else:
       self.plan = session.begin_raw(renderer, turn.prompt, attempt, choice)
+    try:
+      self._grammar = constraint_lib.grammar(
+        turn.constraint, renderer, self.plan.prompt_ids, self._tools
+      )
+    except refusal.Refusal:
+      session.drop(self.plan)
+      raise
     self._engine = engine
     self._chunks: AsyncGenerator[api.TokenChunk] | None = None
     self.token_ids: list[int] = []
     self.logprobs: list[float] = []
+    self.top_logprobs: list[tuple[tuple[int, float], ...]] = []
     self._versions: list[int] = []
     self._first_token: float | None = None  # time.monotonic()
     self.stop_reason = types.StopReason.ABORT
@@ -111,7 +141,8 @@ class Generation:
     """Samples the reply; with `incremental`, its text as it arrives.
 
     Raises:
-      Refusal: the session was closed meanwhile.
+      Refusal: the session was closed meanwhile, or the engine cannot follow
+        what the request demands of its reply.
       ContextOverflowError: the prompt leaves no room for a token.
       EngineError: the engine refuses or fails.
     """
@@ -134,16 +165,11 @@ class Generation:
         sampling=self._sampling(self._engine.max_context),
       )
     )
-    async for chunk in self._chunks:
-      if chunk.token_ids and self._first_token is None:
-        self._first_token = time.monotonic()
-      self.token_ids += chunk.token_ids
-      self.logprobs += chunk.logprobs
-      self._versions += chunk.versions
-      reasoning, content = text.feed(chunk.token_ids) if text else ("", "")
-      if chunk.stop_reason is not None:
-        self.stop_reason = chunk.stop_reason
-      yield Delta(chunk.token_ids, chunk.logprobs, reasoning, content)
+    try:
+      async for chunk in self._chunks:
+        yield self._take(chunk, text)
+    except errors.GrammarError as error:
+      raise self._grammar.refuse(error) from error
     if self.stop_reason == types.StopReason.ABORT:
       raise refusal.Refusal(
         f"the request of session {self._session.id!r} was aborted",
@@ -152,12 +178,28 @@ class Generation:
       )
     self._finish()
     if text:
-      rest = Delta((), (), *text.finish(self.reply))
+      rest = Delta((), (), (), *text.finish(self.reply))
       self.reply = dataclasses.replace(self.reply, content=text.content)
     said = self.reply.content
     self._record(self.message() if turn.prompt is None else said)
     if text:
       yield rest
+
+  def _take(
+    self, chunk: api.TokenChunk, text: stream.TextStream | None
+  ) -> Delta:
+    if chunk.token_ids and self._first_token is None:
+      self._first_token = time.monotonic()
+    self.token_ids += chunk.token_ids
+    self.logprobs += chunk.logprobs
+    self.top_logprobs += chunk.top_logprobs
+    self._versions += chunk.versions
+    reasoning, content = text.feed(chunk.token_ids) if text else ("", "")
+    if chunk.stop_reason is not None:
+      self.stop_reason = chunk.stop_reason
+    return Delta(
+      chunk.token_ids, chunk.logprobs, chunk.top_logprobs, reasoning, content
+    )
 
   def message(self) -> dict[str, Any]:
     """The reply as a message in the OpenAI wire format."""
@@ -228,15 +270,22 @@ class Generation:
     turn, defaults = self._turn, self._session.sampling
     room = max(1, max_context - len(self.plan.prompt_ids))
 
-    def pick(asked: float | None, name: str) -> float:
-      return defaults.get(name, 1.0) if asked is None else asked
+    def pick(asked: float | None, name: str, neutral: float = 1.0) -> float:
+      return defaults.get(name, neutral) if asked is None else asked
 
     return api.SamplingParams(
       max_tokens=turn.max_tokens or room,
       temperature=pick(turn.temperature, "temperature"),
-      top_k=int(defaults.get("top_k", 0) if turn.top_k is None else turn.top_k),
+      top_k=int(pick(turn.top_k, "top_k", 0)),
       top_p=pick(turn.top_p, "top_p"),
+      min_p=pick(turn.min_p, "min_p", 0.0),
+      presence_penalty=turn.presence_penalty,
+      frequency_penalty=turn.frequency_penalty,
+      repetition_penalty=turn.repetition_penalty,
+      logit_bias=turn.logit_bias,
+      grammar=None if self._grammar is None else self._grammar.text,
       seed=self.plan.seed if turn.seed is None else turn.seed % 2**31,
       stop_token_ids=self._renderer.stop_token_ids,
       stop_strings=turn.stop,
+      top_logprobs=turn.top_logprobs,
     )

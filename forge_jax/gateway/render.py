@@ -22,7 +22,7 @@ from renderers import reasoning as renderers_reasoning
 import transformers
 
 from forge_jax import errors, types
-from forge_jax.gateway import refusal, template
+from forge_jax.gateway import call_syntax, refusal, template
 
 # What a chat template contains -> the parser of the tool calls it describes.
 _TOOL_PARSERS = (
@@ -98,6 +98,11 @@ class Renderer:
     self.vocabulary_size = len(tokenizer)
     self.think_close_id = vocabulary.get("</think>")
     self.think_open_id = vocabulary.get("<think>")
+    # How it writes what a request may demand; see `constraint`.
+    parser = _tool_parser(tokenizer) if self.name == "default" else None
+    self.call_syntax = call_syntax.find(self.name, parser, vocabulary)
+    self.content_is_plain = call_syntax.plain_content(self.name, vocabulary)
+    self.special = vocabulary
 
   def with_effort(self, effort: str | None) -> "Renderer":
     """The renderer for a request that asks for an effort of reasoning.
@@ -243,6 +248,15 @@ class Renderer:
     return renderers_reasoning.prompt_ends_in_reasoning(
       self._tokenizer, list(prompt_ids), stop_ids=self._stops
     )
+
+  def closes_reasoning(self, prompt_ids: Sequence[int]) -> bool:
+    """Whether the prompt ends with a reasoning that is closed."""
+    for token in reversed(prompt_ids):
+      if token == self.think_close_id:
+        return True
+      if self.decode((token,)).strip():
+        break
+    return False
 
   def calls_are_plain_text(self, tools: types.Messages) -> bool:
     """Whether any text may turn out to be a tool call."""

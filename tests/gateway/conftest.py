@@ -50,11 +50,13 @@ def tool_tokenizer(smollm2):
 class Harness:
   """A gateway whose engine says, request by request, what it is told to."""
 
-  def __init__(self, tokenizer, *, delay=0.0, max_context=4096, **config):
+  def __init__(
+    self, tokenizer, *, engine=None, delay=0.0, max_context=4096, **config
+  ):
     self.tokenizer = tokenizer
     self.requests = []
     self.replies = []
-    self.engine = scripted.ScriptedEngine(
+    self.engine = engine or scripted.ScriptedEngine(
       self._reply, delay=delay, max_context=max_context, decode=self.text
     )
     self.gateway = server.Gateway(

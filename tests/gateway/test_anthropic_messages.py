@@ -137,7 +137,7 @@ def test_tools_in_the_form_that_templates_show():
     ({"output_config": {"effort": "huge"}}, "output_config.effort"),
     (
       {"output_config": {"format": {"type": "json_schema"}}},
-      "output_config.format",
+      "output_config.format.schema",
     ),
     ({"output_config": {"task_budget": {}}}, "output_config.task_budget"),
     ({"tools": "f"}, "tools"),
@@ -148,15 +148,16 @@ def test_tools_in_the_form_that_templates_show():
       {"tools": [{"type": "web_search_20260318", "name": "web_search"}]},
       "tools[0].type",
     ),
-    ({"tools": [{**TOOL, "strict": True}]}, "tools[0].strict"),
+    ({"tools": [{**TOOL, "strict": 1}]}, "tools[0].strict"),
+    ({"output_format": {"type": "json"}}, "output_format.type"),
     ({"tools": [{**TOOL, "new_option": 1}]}, "tools[0].new_option"),
     (
       {"tools": [{**TOOL, "allowed_callers": ["code_execution_20260120"]}]},
       "tools[0].allowed_callers",
     ),
     ({"tools": [{**TOOL, "defer_loading": True}]}, "tools"),
-    ({"tool_choice": {"type": "any"}}, "tool_choice"),
-    ({"tool_choice": {"type": "tool", "name": "f"}}, "tool_choice"),
+    ({"tool_choice": {"type": "all"}}, "tool_choice.type"),
+    ({"tool_choice": {"type": "tool"}}, "tool_choice.name"),
     ({"tool_choice": "auto"}, "tool_choice"),
     (
       {"context_management": {"edits": [{"type": "compact_20260112"}]}},

@@ -120,12 +120,59 @@ def test_tool_choice_none_takes_the_tools_away():
       {"tools": [{"type": "function", "function": {}}]},
       "tools[0].function.name",
     ),
-    ({"tool_choice": "required"}, "tool_choice"),
-    ({"tool_choice": {"type": "function"}}, "tool_choice"),
+    ({"tool_choice": "never"}, "tool_choice"),
+    ({"tool_choice": 5}, "tool_choice"),
+    ({"tool_choice": {"type": "function"}}, "tool_choice.function"),
+    ({"tool_choice": {"type": "mcp"}}, "tool_choice.type"),
+    (
+      {"tool_choice": {"type": "function", "function": {}}},
+      "tool_choice.function.name",
+    ),
+    (
+      {
+        "tool_choice": {"type": "allowed_tools", "allowed_tools": {"tools": []}}
+      },
+      "tool_choice.allowed_tools.mode",
+    ),
+    (
+      {
+        "tool_choice": {
+          "type": "allowed_tools",
+          "allowed_tools": {"mode": "auto", "tools": []},
+        }
+      },
+      "tool_choice.allowed_tools.tools",
+    ),
     ({"parallel_tool_calls": 0}, "parallel_tool_calls"),
-    ({"response_format": {"type": "json_object"}}, "response_format"),
-    ({"frequency_penalty": 0.5}, "frequency_penalty"),
-    ({"logit_bias": {"5": 1}}, "logit_bias"),
+    ({"response_format": "json"}, "response_format"),
+    ({"response_format": {"type": "xml"}}, "response_format.type"),
+    (
+      {"response_format": {"type": "json_schema"}},
+      "response_format.json_schema",
+    ),
+    (
+      {"response_format": {"type": "json_schema", "json_schema": {}}},
+      "response_format.json_schema.name",
+    ),
+    (
+      {
+        "response_format": {
+          "type": "json_schema",
+          "json_schema": {"name": "n", "schema": []},
+        }
+      },
+      "response_format.json_schema.schema",
+    ),
+    ({"frequency_penalty": 2.5}, "frequency_penalty"),
+    ({"presence_penalty": "a"}, "presence_penalty"),
+    ({"repetition_penalty": 0}, "repetition_penalty"),
+    ({"min_p": 2}, "min_p"),
+    ({"top_k": -1}, "top_k"),
+    ({"logit_bias": {"a": 1}}, "logit_bias"),
+    ({"logit_bias": {"5": 101}}, "logit_bias"),
+    ({"logit_bias": {"5": 1, "05": 1}}, "logit_bias"),
+    ({"logit_bias": [5]}, "logit_bias"),
+    ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
     ({"functions": []}, "functions"),
     ({"reasoning_effort": "lots"}, "reasoning_effort"),
   ],

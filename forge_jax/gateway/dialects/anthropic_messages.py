@@ -6,7 +6,8 @@ read, `anthropic_content` tells, how a reply is said, `anthropic_reply`.
   thinking: `disabled` asks the model not to think, where its template has such
     a choice; `enabled` and `adaptive` leave it to the model. `budget_tokens` is
     no limit of its own: `max_tokens` is. `display` is honoured.
-  tools: custom ones. A tool with `defer_loading` is not in the prompt; the
+  tools: custom ones. The input of one with `strict` follows its schema, as the
+    reply does that of `output_config.format`. A tool with `defer_loading` is not in the prompt; the
     model learns of it from a tool_reference, and may call it. `input_examples`
     are shown as the `examples` of the input's schema.
   context_management: what a model has seen of its own thinking it has seen:
@@ -19,7 +20,7 @@ from collections.abc import Sequence
 import dataclasses
 from typing import Any
 
-from forge_jax.gateway import generation, refusal, render, sessions
+from forge_jax.gateway import constraint, generation, refusal, render, sessions
 from forge_jax.gateway.dialects import (
   anthropic_content,
   anthropic_errors,
@@ -55,6 +56,7 @@ _COUNTED = _IGNORED | {
   "messages",
   "model",
   "output_config",
+  "output_format",  # what `output_config.format` was called in a beta
   "system",
   "thinking",
   "tool_choice",
@@ -62,6 +64,7 @@ _COUNTED = _IGNORED | {
 }
 _KNOWN = _COUNTED | {
   "max_tokens",
+  "return_token_ids",  # not Anthropic's
   "stop_sequences",
   "stream",
   "temperature",
@@ -146,6 +149,7 @@ def parse(
       model=fields.field(body, "model", str),
       max_tokens=max_tokens,
       show_thinking=_display(body) != "omitted",
+      return_token_ids=fields.field(body, "return_token_ids", bool, False),
     ),
     turns=(turn,),
     stream=fields.field(body, "stream", bool, False),
@@ -172,27 +176,41 @@ def count_tokens(body: Any, renderer: render.Renderer) -> dict[str, int]:
 def _turn(body: dict[str, Any]) -> generation.Turn:
   """What a request says to the model."""
   _check_context_management(body)
-  listed, hidden = _tools(body)
-  use_tools, parallel = _tool_choice(body)
+  listed, hidden, strict = _tools(body)
+  demanded, shown, parallel = _tool_choice(body)
   messages = anthropic_content.conversation(
     body.get("system"),
     fields.field(body, "messages", list),
     {tool["function"]["name"]: tool for tool in (*listed, *hidden)},
   )
+  schema, schema_param = _schema(body)
   return generation.Turn(
     messages=messages,
-    tools=listed if use_tools else (),
-    hidden_tools=hidden if use_tools else (),
+    tools=listed if shown else (),
+    hidden_tools=hidden if shown else (),
     parallel_tool_calls=parallel,
     reasoning_effort=_effort(body),
+    constraint=dataclasses.replace(
+      demanded,
+      schema=schema,
+      schema_param=schema_param,
+      strict=strict if shown else {},
+    ),
   )
 
 
 def _tools(
   body: dict[str, Any],
-) -> tuple[tuple[dict[str, Any], ...], tuple[dict[str, Any], ...]]:
-  """The tools of the prompt, and those that wait for a tool_reference."""
-  listed, hidden = [], []
+) -> tuple[
+  tuple[dict[str, Any], ...],
+  tuple[dict[str, Any], ...],
+  dict[str, dict[str, Any]],
+]:
+  """The tools of the prompt, those that wait for a tool_reference.
+
+  And by name the schemas that calls of strict tools must follow.
+  """
+  listed, hidden, strict = [], [], {}
   for n, value in enumerate(fields.field(body, "tools", list, [])):
     where = f"tools[{n}]"
     if isinstance(value, dict) and value.get("type") not in (None, "custom"):
@@ -203,15 +221,15 @@ def _tools(
     tool = fields.known(value, _TOOL, where=where)
     deferred = fields.field(tool, "defer_loading", bool, False, where=where)
     (hidden if deferred else listed).append(_tool(tool, where))
+    if fields.field(tool, "strict", bool, False, where=where):
+      strict[tool["name"]] = tool["input_schema"]
   if hidden and not listed:
     raise fields.bad("tools", "at least one must not have defer_loading")
-  return tuple(listed), tuple(hidden)
+  return tuple(listed), tuple(hidden), strict
 
 
 def _tool(tool: dict[str, Any], where: str) -> dict[str, Any]:
   """A tool in the OpenAI format."""
-  if fields.field(tool, "strict", bool, False, where=where):
-    raise fields.bad(f"{where}.strict", "constrained decoding is not supported")
   if tool.get("allowed_callers", ["direct"]) != ["direct"]:
     raise fields.bad(f"{where}.allowed_callers", "only ['direct'] is supported")
   function = {"name": fields.field(tool, "name", str, where=where)}
@@ -225,19 +243,38 @@ def _tool(tool: dict[str, Any], where: str) -> dict[str, Any]:
   return {"type": "function", "function": function}
 
 
-def _tool_choice(body: dict[str, Any]) -> tuple[bool, bool]:
-  """Whether tools may be called, and whether several at once."""
-  choice = fields.field(body, "tool_choice", dict, {"type": "auto"})
-  if choice.get("type") not in ("auto", "none"):
-    raise fields.bad(
-      "tool_choice",
-      "constrained decoding is not supported: the type must be 'auto' or "
-      f"'none', not {choice.get('type')!r:.40}",
-    )
-  one = fields.field(
-    choice, "disable_parallel_tool_use", bool, False, where="tool_choice"
+def _tool_choice(
+  body: dict[str, Any],
+) -> tuple[constraint.Constraint, bool, bool]:
+  """What calls are demanded, whether tools are shown, whether many may be."""
+  where = "tool_choice"
+  choice = fields.field(body, where, dict, {"type": "auto"})
+  kind = fields.one_of(
+    choice, "type", ("auto", "none", "any", "tool"), where=where
   )
-  return choice["type"] == "auto", not one
+  one = fields.field(
+    choice, "disable_parallel_tool_use", bool, False, where=where
+  )
+  only = None
+  if kind == "tool":
+    only = frozenset({fields.field(choice, "name", str, where=where)})
+  demanded = constraint.Constraint(
+    must_call=kind in ("any", "tool"), only=only, once=one or kind == "tool"
+  )
+  return demanded, kind != "none", not one
+
+
+def _schema(body: dict[str, Any]) -> tuple[dict[str, Any] | None, str]:
+  """The JSON schema that the reply must follow, and what it is called."""
+  config, where = body.get("output_config"), "output_config.format"
+  format = config.get("format") if isinstance(config, dict) else None
+  if format is None:
+    format, where = body.get("output_format"), "output_format"
+  if format is None:
+    return None, where
+  format = fields.known(format, ("type", "schema"), where=where)
+  fields.one_of(format, "type", ("json_schema",), where=where)
+  return fields.field(format, "schema", dict, where=where), f"{where}.schema"
 
 
 def _effort(body: dict[str, Any]) -> str | None:
@@ -247,10 +284,6 @@ def _effort(body: dict[str, Any]) -> str | None:
     ("effort", "format"),
     where="output_config",
   )
-  if "format" in config:
-    raise fields.bad(
-      "output_config.format", "constrained decoding is not supported"
-    )
   effort = fields.one_of(
     config, "effort", _EFFORTS, None, where="output_config"
   )

@@ -33,6 +33,7 @@ class Style:
   model: str
   max_tokens: int
   show_thinking: bool = True  # False: a thinking block has a signature only
+  return_token_ids: bool = False  # of prompt and reply, beside the content
 
 
 def whole(generated: generation.Generation, style: Style) -> str:
@@ -42,6 +43,9 @@ def whole(generated: generation.Generation, style: Style) -> str:
     **_ending(generated, style),
     "usage": _usage(generated),
   }
+  if style.return_token_ids:
+    value["prompt_token_ids"] = generated.plan.prompt_ids
+    value["token_ids"] = generated.token_ids
   return wire.Message.model_validate(value).model_dump_json(exclude_unset=True)
 
 
@@ -90,6 +94,9 @@ class MessageStream:
       "delta": _ending(generated, self._style),
       "usage": _usage(generated),
     }
+    if self._style.return_token_ids:
+      message_delta["prompt_token_ids"] = generated.plan.prompt_ids
+      message_delta["token_ids"] = generated.token_ids
     events.append(_event(wire.RawMessageDeltaEvent, message_delta))
     events.append(_event(wire.RawMessageStopEvent, {"type": "message_stop"}))
     return "".join(events)

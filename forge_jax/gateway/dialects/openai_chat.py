@@ -1,9 +1,7 @@
 """OpenAI Chat Completions: requests in, completions and their streams out.
 
-Everything a request holds is honoured or refused by name. Messages are brought
-to one form: role `developer` becomes `system`, a list of text parts becomes
-their concatenation, an absent content the empty string; an assistant's reasoning
-is read under any name that servers and clients have for it.
+Everything a request holds is honoured or refused by name; how its messages are
+read, `openai_chat_input` tells.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,8 +12,15 @@ from typing import Any
 from openai.types import chat
 
 from forge_jax import types
-from forge_jax.gateway import generation, render, sessions
-from forge_jax.gateway.dialects import fields, openai_errors, openai_fields
+from forge_jax.gateway import constraint, generation, render, sessions
+from forge_jax.gateway.dialects import (
+  fields,
+  openai_chat_input,
+  openai_demands,
+  openai_errors,
+  openai_fields,
+  openai_logprobs,
+)
 
 PATH = "/chat/completions"
 error = openai_errors.error
@@ -30,18 +35,14 @@ _IGNORED = frozenset(
     "service_tier",
     "store",
     "user",
+    "verbosity",
   }
 )
 # Not supported, but for the value that asks for nothing.
-_NEUTRAL: Mapping[str, Any] = {
-  "frequency_penalty": 0,
-  "logit_bias": {},
-  "modalities": ["text"],
-  "presence_penalty": 0,
-  "response_format": {"type": "text"},
-  "top_logprobs": 0,
-}
-_KNOWN = _IGNORED | {
+_NEUTRAL: Mapping[str, Any] = {"modalities": ["text"]}
+_KNOWN = {
+  *_IGNORED,
+  *openai_fields.SHAPING,
   "logprobs",
   "max_completion_tokens",
   "max_tokens",
@@ -50,6 +51,7 @@ _KNOWN = _IGNORED | {
   "n",
   "parallel_tool_calls",
   "reasoning_effort",
+  "response_format",
   "return_token_ids",
   "seed",
   "stop",
@@ -58,11 +60,9 @@ _KNOWN = _IGNORED | {
   "temperature",
   "tool_choice",
   "tools",
+  "top_logprobs",
   "top_p",
 }
-# What servers and clients call the reasoning of a turn.
-_REASONING = ("reasoning_content", "reasoning", "reasoning_text", "thinking")
-_ROLES = ("system", "developer", "user", "assistant", "tool")
 _FINISH = {
   types.StopReason.STOP: "stop",
   types.StopReason.LENGTH: "length",
@@ -116,9 +116,7 @@ class ChatRequest:
       "logprobs": None,
     }
     if self.logprobs:
-      choice["logprobs"] = _logprobs(
-        renderer, generated.token_ids, generated.logprobs
-      )
+      choice["logprobs"] = _logprobs(renderer, generated)
     if self.return_token_ids:
       choice["token_ids"] = generated.token_ids
     return choice
@@ -140,9 +138,12 @@ def parse(body: Any, session: sessions.Session | None = None) -> ChatRequest:
   ]
   count = fields.number(body, "n", int, 1, openai_fields.MOST_CHOICES) or 1
   seed = fields.number(body, "seed", int, 0, 2**63 - 1)
+  chosen = openai_demands.choice(body, nested=True)
+  tools = _tools(body) if chosen.shown else ()
   turn = generation.Turn(
-    messages=_messages(fields.field(body, "messages", list)),
-    tools=_tools(body),
+    messages=openai_chat_input.messages(fields.field(body, "messages", list)),
+    tools=tools,
+    constraint=_constraint(body, chosen, tools),
     max_tokens=min(max_tokens, default=None),
     temperature=fields.number(body, "temperature", float, 0, 2),
     top_p=fields.number(body, "top_p", float, 0, 1),
@@ -152,6 +153,8 @@ def parse(body: Any, session: sessions.Session | None = None) -> ChatRequest:
     reasoning_effort=openai_fields.effort(
       body.get("reasoning_effort"), "reasoning_effort"
     ),
+    top_logprobs=openai_logprobs.count(body, needs="logprobs"),
+    **openai_fields.shaping(body),
   )
   return ChatRequest(
     model=fields.field(body, "model", str),
@@ -191,9 +194,7 @@ class ChatStream:
       said["content"] = delta.content
     extra = {}
     if self._request.logprobs and delta.token_ids:
-      extra["logprobs"] = _logprobs(
-        self._renderer, delta.token_ids, delta.logprobs
-      )
+      extra["logprobs"] = _logprobs(self._renderer, delta)
     if self._request.return_token_ids and delta.token_ids:
       extra["token_ids"] = list(delta.token_ids)
     if not (said or extra) and choice in self._begun:
@@ -270,120 +271,41 @@ def _usage(choices: Sequence[generation.Generation]) -> dict[str, Any]:
 
 
 def _logprobs(
-  renderer: render.Renderer, token_ids: Any, logprobs: Any
+  renderer: render.Renderer, said: generation.Generation | generation.Delta
 ) -> dict[str, Any]:
-  content = []
-  for token, logprob in zip(token_ids, logprobs, strict=True):
-    text = renderer.decode((token,))
-    content.append(
-      {
-        "token": text,
-        "bytes": list(text.encode()),
-        "logprob": logprob,
-        "top_logprobs": [],
-      }
-    )
+  content = openai_logprobs.of(
+    renderer, said.token_ids, said.logprobs, said.top_logprobs
+  )
   return {"content": content, "refusal": None}
 
 
-def _messages(values: list[Any]) -> list[dict[str, Any]]:
-  if not values:
-    raise fields.bad("messages", "at least one message is required")
-  return [_message(v, f"messages[{n}]") for n, v in enumerate(values)]
-
-
-def _message(value: Any, where: str) -> dict[str, Any]:
-  if not isinstance(value, dict):
-    raise fields.bad(where, "a message is an object")
-  role = value.get("role")
-  if role not in _ROLES:
-    raise fields.bad(
-      f"{where}.role", f"must be one of {list(_ROLES)}, not {role!r}"
-    )
-  message = {
-    "role": "system" if role == "developer" else role,
-    "content": _content(value.get("content"), role, f"{where}.content"),
-  }
-  if role == "tool":
-    message["tool_call_id"] = fields.field(
-      value, "tool_call_id", str, where=where
-    )
-  if isinstance(value.get("name"), str):
-    message["name"] = value["name"]
-  if role == "assistant":
-    if value.get("tool_calls"):
-      message["tool_calls"] = _tool_calls(value, where)
-    if reasoning := _reasoning(value):
-      message["reasoning_content"] = reasoning
-  return message
-
-
-def _reasoning(message: dict[str, Any]) -> str:
-  """The reasoning of an assistant's message, under any of its names."""
-  for name in _REASONING:
-    if isinstance(message.get(name), str) and message[name]:
-      return message[name]
-  parts = message.get("reasoning_details")
-  texts = [
-    part["text"]
-    for part in (parts if isinstance(parts, list) else ())
-    if isinstance(part, dict) and isinstance(part.get("text"), str)
-  ]
-  return "".join(texts)
-
-
-def _content(value: Any, role: str, where: str) -> str:
-  if isinstance(value, str):
-    return value
-  if value is None and role == "assistant":
-    return ""
-  if not isinstance(value, list):
-    raise fields.bad(where, "must be a string or a list of text parts")
-  texts = []
-  for n, part in enumerate(value):
-    kind = part.get("type") if isinstance(part, dict) else None
-    if kind != "text" or not isinstance(part.get("text"), str):
-      raise fields.bad(
-        f"{where}[{n}]", f"only text parts are supported, not {kind}"
-      )
-    texts.append(part["text"])
-  return "".join(texts)
-
-
-def _tool_calls(message: dict[str, Any], where: str) -> list[dict[str, Any]]:
-  calls = []
-  for n, call in enumerate(
-    fields.field(message, "tool_calls", list, where=where)
-  ):
-    at = f"{where}.tool_calls[{n}]"
-    function = call.get("function") if isinstance(call, dict) else None
-    if not isinstance(function, dict):
-      raise fields.bad(at, "must be a call of a function")
-    calls.append(
-      {
-        "id": fields.field(call, "id", str, where=at),
-        "type": "function",
-        "function": {
-          "name": fields.field(function, "name", str, where=f"{at}.function"),
-          "arguments": fields.field(
-            function, "arguments", str, where=f"{at}.function"
-          ),
-        },
-      }
-    )
-  return calls
-
-
 def _tools(body: dict[str, Any]) -> tuple[dict[str, Any], ...]:
-  choice = body.get("tool_choice", "auto")
-  if choice not in ("auto", "none"):
-    raise fields.bad("tool_choice", "only 'auto' and 'none' are supported")
   tools = fields.field(body, "tools", list, [])
   for n, tool in enumerate(tools):
     where = f"tools[{n}]"
     if not isinstance(tool, dict) or tool.get("type") != "function":
       raise fields.bad(where, "only tools of type 'function' are supported")
     function = fields.field(tool, "function", dict, where=where)
-    fields.field(function, "name", str, where=f"{where}.function")
-    fields.field(function, "parameters", dict, {}, where=f"{where}.function")
-  return () if choice == "none" else tuple(tools)
+    where += ".function"
+    fields.field(function, "name", str, where=where)
+    fields.field(function, "parameters", dict, {}, where=where)
+    fields.field(function, "strict", bool, False, where=where)
+  return tuple(tools)
+
+
+def _constraint(
+  body: dict[str, Any],
+  chosen: openai_demands.Choice,
+  tools: Sequence[dict[str, Any]],
+) -> constraint.Constraint:
+  format, param = body.get("response_format"), "response_format"
+  functions = [tool["function"] for tool in tools]
+  return openai_demands.demands(
+    chosen,
+    openai_demands.schema(format, param, nested=True),
+    param,
+    parallel=fields.field(body, "parallel_tool_calls", bool, True),
+    strict={
+      f["name"]: f.get("parameters") or {} for f in functions if f.get("strict")
+    },
+  )

@@ -4,8 +4,9 @@ No template touches a prompt, and all that is sampled is text, markup included,
 up to the stop token. A prompt that is text begins with the tokens that the
 model's texts begin with; one that is token ids is taken as it is.
 
-Log-probabilities are those of the sampled tokens, the stop token included:
-`logprobs` is 0 or absent. Their `text_offset` counts from the beginning of the
+Log-probabilities are those of the sampled tokens, the stop token included, and
+of as many of the likeliest as `logprobs` says; of several that spell the same,
+the likeliest is told. Their `text_offset` counts from the beginning of the
 reply.
 """
 
@@ -30,12 +31,11 @@ _IGNORED = frozenset({"user"})
 # Not supported, but for the value that asks for nothing.
 _NEUTRAL: Mapping[str, Any] = {
   "echo": False,
-  "frequency_penalty": 0,
-  "logit_bias": {},
-  "presence_penalty": 0,
   "suffix": "",
 }
-_KNOWN = _IGNORED | {
+_KNOWN = {
+  *_IGNORED,
+  *openai_fields.SHAPING,
   "best_of",
   "logprobs",
   "max_tokens",
@@ -52,6 +52,7 @@ _KNOWN = _IGNORED | {
 }
 _MOST_PROMPTS = 128
 _MAX_TOKENS = 16  # the protocol's default
+_MOST_LOGPROBS = 5
 _FINISH = {
   types.StopReason.STOP: "stop",
   types.StopReason.LENGTH: "length",
@@ -83,9 +84,7 @@ class CompletionRequest:
         "logprobs": None,
       }
       if self.logprobs:
-        value["logprobs"] = _Logprobs(renderer).of(
-          choice.token_ids, choice.logprobs
-        )
+        value["logprobs"] = _Logprobs(renderer).of(choice)
       if self.return_token_ids:
         value["token_ids"] = choice.token_ids
         value["prompt_token_ids"] = choice.plan.prompt_ids
@@ -143,11 +142,14 @@ def parse(
   if body.get("best_of", count) != count:
     raise fields.bad("best_of", "only the value of n is supported")
   seed = fields.number(body, "seed", int, 0, 2**63 - 1)
+  logprobs = fields.number(body, "logprobs", int, 0, _MOST_LOGPROBS)
   turn = generation.Turn(
     max_tokens=fields.number(body, "max_tokens", int, 1, None) or _MAX_TOKENS,
     temperature=fields.number(body, "temperature", float, 0, 2),
     top_p=fields.number(body, "top_p", float, 0, 1),
     stop=openai_fields.stop(body),
+    top_logprobs=logprobs or 0,
+    **openai_fields.shaping(body),
   )
   return CompletionRequest(
     model=fields.field(body, "model", str),
@@ -164,7 +166,7 @@ def parse(
     count=count,
     stream=fields.field(body, "stream", bool, False),
     include_usage=options["include_usage"],
-    logprobs=fields.number(body, "logprobs", int, 0, 0) is not None,
+    logprobs=logprobs is not None,
     return_token_ids=fields.field(body, "return_token_ids", bool, False),
   )
 
@@ -187,9 +189,7 @@ class CompletionStream:
     """The event of new tokens; empty if there is nothing to send."""
     extra: dict[str, Any] = {}
     if self._request.logprobs and delta.token_ids:
-      extra["logprobs"] = self._logprobs[choice].of(
-        delta.token_ids, delta.logprobs
-      )
+      extra["logprobs"] = self._logprobs[choice].of(delta)
     if self._request.return_token_ids and delta.token_ids:
       extra["token_ids"] = list(delta.token_ids)
       if choice not in self._begun:
@@ -235,17 +235,23 @@ class _Logprobs:
     self._offset = 0  # characters before the next token
 
   def of(
-    self, token_ids: Sequence[int], logprobs: Sequence[float]
+    self, said: generation.Generation | generation.Delta
   ) -> dict[str, Any]:
     """Those of the next tokens, in nats."""
     offsets = []
-    for token in token_ids:
+    for token in said.token_ids:
       offsets.append(self._offset)
       self._offset += len(self._detokenizer.feed((token,)))
+    decode = self._renderer.decode
     return {
-      "tokens": [self._renderer.decode((token,)) for token in token_ids],
-      "token_logprobs": list(logprobs),
-      "top_logprobs": None,
+      "tokens": [decode((token,)) for token in said.token_ids],
+      "token_logprobs": list(said.logprobs),
+      "top_logprobs": [
+        # Backwards, so that the likeliest of the same text stays.
+        {decode((token,)): logprob for token, logprob in top[::-1]}
+        for top in said.top_logprobs
+      ]
+      or None,
       "text_offset": offsets,
     }
 

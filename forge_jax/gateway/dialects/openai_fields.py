@@ -6,6 +6,7 @@ from typing import Any
 
 from openai.types import shared
 
+from forge_jax.engine import api
 from forge_jax.gateway import refusal
 from forge_jax.gateway.dialects import fields
 
@@ -52,6 +53,52 @@ def stop(body: dict[str, Any]) -> tuple[str, ...]:
   if not all(isinstance(s, str) and s for s in stop):
     raise fields.bad("stop", "a stop string is a non-empty string")
   return tuple(stop)
+
+
+# What shapes the distribution of each token. The last three are not OpenAI's:
+# they are named as SGLang and vLLM name them.
+SHAPING = (
+  "frequency_penalty",
+  "logit_bias",
+  "presence_penalty",
+  "min_p",
+  "repetition_penalty",
+  "top_k",
+)
+
+
+def shaping(body: dict[str, Any]) -> dict[str, Any]:
+  """The fields of a `generation.Turn` that `SHAPING` gives.
+
+  Raises:
+    Refusal: one is malformed or out of bounds.
+  """
+  frequency = fields.number(body, "frequency_penalty", float, -2, 2)
+  presence = fields.number(body, "presence_penalty", float, -2, 2)
+  least = api.LEAST_REPETITION_PENALTY
+  repetition = fields.number(body, "repetition_penalty", float, least, 2)
+  return {
+    "frequency_penalty": frequency or 0.0,
+    "presence_penalty": presence or 0.0,
+    "repetition_penalty": repetition or 1.0,
+    "logit_bias": _logit_bias(fields.field(body, "logit_bias", dict, {})),
+    "min_p": fields.number(body, "min_p", float, 0, 1),
+    "top_k": fields.number(body, "top_k", int, 0, 2**31 - 1),
+  }
+
+
+def _logit_bias(values: dict[str, Any]) -> tuple[tuple[int, float], ...]:
+  found = {}
+  for token in values:
+    if not (token.isascii() and token.isdigit()) or len(token) > 9:
+      raise fields.bad("logit_bias", f"{token!r:.40} is not the id of a token")
+    if int(token) in found:
+      raise fields.bad("logit_bias", f"token {int(token)} is there twice")
+    try:
+      found[int(token)] = fields.number(values, token, float, -100, 100) or 0.0
+    except refusal.Refusal as error:
+      raise fields.bad("logit_bias", str(error)) from error
+  return tuple(found.items())
 
 
 def effort(value: Any, where: str) -> str | None:

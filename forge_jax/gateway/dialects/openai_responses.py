@@ -22,8 +22,10 @@ from openai.types import responses
 from forge_jax.gateway import generation, render, sessions, stored
 from forge_jax.gateway.dialects import (
   fields,
+  openai_demands,
   openai_errors,
   openai_fields,
+  openai_logprobs,
   openai_responses_input,
   openai_responses_output,
   openai_responses_stream,
@@ -51,7 +53,6 @@ _IGNORED = frozenset(
 # Not supported, but for the value that asks for nothing.
 _NEUTRAL: Mapping[str, Any] = {
   "background": False,
-  "top_logprobs": 0,
   "truncation": "disabled",
 }
 _KNOWN = _IGNORED | {
@@ -63,6 +64,7 @@ _KNOWN = _IGNORED | {
   "parallel_tool_calls",
   "previous_response_id",
   "reasoning",
+  "return_token_ids",
   "store",
   "stream",
   "stream_options",
@@ -70,8 +72,10 @@ _KNOWN = _IGNORED | {
   "text",
   "tool_choice",
   "tools",
+  "top_logprobs",
   "top_p",
 }
+_LOGPROBS = "message.output_text.logprobs"
 _INCLUDABLE = typing.get_args(responses.ResponseIncludable)
 _SUMMARIES = ("auto", "concise", "detailed")
 _ECHOED = (
@@ -97,6 +101,7 @@ class ResponsesRequest:
   ledger: stored.Stored
   echo: Mapping[str, Any]  # the fields of a response that repeat the request
   created: int  # seconds since 1970
+  return_token_ids: bool
 
   def reply(
     self, choices: Sequence[generation.Generation], renderer: render.Renderer
@@ -148,6 +153,9 @@ class ResponsesRequest:
       generated, self.form, renderer, self.ledger
     )
     response["output"] = output
+    if self.return_token_ids:
+      response["prompt_token_ids"] = generated.plan.prompt_ids
+      response["token_ids"] = generated.token_ids
     response["usage"] = openai_responses_output.usage(generated, renderer)
     if self.store:
       key = openai_responses_output.response_key(generated.plan.request_id)
@@ -173,6 +181,8 @@ def parse(body: Any, session: sessions.Session) -> ResponsesRequest:
   tools = openai_responses_tools.read(body)
   effort, summary = _reasoning(fields.field(body, "reasoning", dict, {}))
   text = _text(fields.field(body, "text", dict, {}))
+  parallel = fields.field(body, "parallel_tool_calls", bool, True)
+  top_logprobs = openai_logprobs.count(body)
   include = _include(fields.field(body, "include", list, []))
   openai_fields.stream_options(body)
   previous, items, messages = _conversation(body, ledger)
@@ -182,8 +192,16 @@ def parse(body: Any, session: sessions.Session) -> ResponsesRequest:
     max_tokens=fields.number(body, "max_output_tokens", int, 1, None),
     temperature=fields.number(body, "temperature", float, 0, 2),
     top_p=fields.number(body, "top_p", float, 0, 1),
-    parallel_tool_calls=fields.field(body, "parallel_tool_calls", bool, True),
+    parallel_tool_calls=parallel,
     reasoning_effort=effort,
+    top_logprobs=top_logprobs if _LOGPROBS in include else 0,
+    constraint=openai_demands.demands(
+      tools.chosen,
+      openai_demands.schema(text["format"], "text.format", nested=False),
+      "text.format",
+      parallel=parallel,
+      strict=tools.strict,
+    ),
   )
   return ResponsesRequest(
     turns=(turn,),
@@ -193,7 +211,7 @@ def parse(body: Any, session: sessions.Session) -> ResponsesRequest:
       tools=tools,
       summary=summary is not None,
       sealed="reasoning.encrypted_content" in include,
-      logprobs="message.output_text.logprobs" in include,
+      logprobs=_LOGPROBS in include,
     ),
     items=tuple(items),
     previous=previous,
@@ -211,11 +229,12 @@ def parse(body: Any, session: sessions.Session) -> ResponsesRequest:
       "text": text,
       "tool_choice": body.get("tool_choice", "auto"),
       "tools": list(tools.declared),
-      "top_logprobs": 0,
+      "top_logprobs": top_logprobs,
       "top_p": _effective(turn.top_p, "top_p", session),
       "truncation": "disabled",
     },
     created=int(time.time()),
+    return_token_ids=fields.field(body, "return_token_ids", bool, False),
   )
 
 
@@ -294,8 +313,8 @@ def _text(options: dict[str, Any]) -> dict[str, Any]:
   text: dict[str, Any] = {"format": {"type": "text"}}
   for name, value in options.items():
     if name == "format":
-      if value not in (None, text["format"]):
-        raise fields.bad("text.format", "only {'type': 'text'} is supported")
+      if openai_demands.schema(value, "text.format", nested=False) is not None:
+        text["format"] = value
     elif name != "verbosity":
       raise fields.bad(f"text.{name}", "this parameter is not supported")
     elif value not in (None, "low", "medium", "high"):

@@ -8,7 +8,6 @@ Log-probabilities on a message are those of all sampled tokens, reasoning,
 markup and stop token included.
 """
 
-from collections.abc import Sequence
 import dataclasses
 import hashlib
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 from forge_jax import types
 from forge_jax.gateway import generation, render, stored
 from forge_jax.gateway.dialects import (
+  openai_logprobs,
   openai_responses_input,
   openai_responses_tools,
 )
@@ -58,7 +58,7 @@ def items(
   if text or not (reasoning or calls):
     said = None
     if form.logprobs:
-      said = logprobs(renderer, generated.token_ids, generated.logprobs)
+      said = logprobs(renderer, generated)
     output.append(message_item(key, text or "", said))
   output += [
     form.tools.item(call, f"{key}_{n}", ledger) for n, call in enumerate(calls)
@@ -107,21 +107,12 @@ def text_of(item: dict[str, Any]) -> str:
 
 
 def logprobs(
-  renderer: render.Renderer, token_ids: Sequence[int], values: Sequence[float]
+  renderer: render.Renderer, said: generation.Generation | generation.Delta
 ) -> list[dict[str, Any]]:
-  """Sampled tokens with their log-probabilities, in nats."""
-  said = []
-  for token, logprob in zip(token_ids, values, strict=True):
-    text = renderer.decode((token,))
-    said.append(
-      {
-        "token": text,
-        "bytes": list(text.encode()),
-        "logprob": logprob,
-        "top_logprobs": [],
-      }
-    )
-  return said
+  """Sampled tokens with their log-probabilities and alternatives, in nats."""
+  return openai_logprobs.of(
+    renderer, said.token_ids, said.logprobs, said.top_logprobs
+  )
 
 
 def usage(

@@ -139,9 +139,7 @@ class ResponseStream:
     """The events of new tokens; empty if there is nothing to send."""
     self._begin()
     if self._form.logprobs:
-      self._unsent += output.logprobs(
-        self._renderer, delta.token_ids, delta.logprobs
-      )
+      self._unsent += output.logprobs(self._renderer, delta)
     in_message = self._open is not None and self._open.kind is _MESSAGE
     if delta.reasoning and not in_message:
       self._say(_SUMMARY if self._form.summary else _REASONING, delta.reasoning)

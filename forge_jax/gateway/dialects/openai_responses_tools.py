@@ -1,8 +1,9 @@
 """The tools of a Responses request: one list of functions for the model.
 
-  function    as it is; `strict` is not enforced
+  function    as it is; with `strict`, calls follow its parameters
   custom      a function of one string, `input`; a grammar is told to the model
-              in the description, and not enforced
+              in the description. One that is a regular expression is enforced;
+              one in Lark is not, since the string is written as JSON
   namespace   each of its tools, named `<namespace>.<tool>`, its description
               headed by the namespace's
   web_search, image_generation
@@ -14,7 +15,7 @@ All else is executed by OpenAI's servers and is refused. `defer_loading` and
 it alone.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import dataclasses
 import json
 from typing import Any
@@ -23,7 +24,7 @@ from openai.types import responses
 import pydantic
 
 from forge_jax.gateway import stored
-from forge_jax.gateway.dialects import fields
+from forge_jax.gateway.dialects import fields, openai_demands
 
 _IGNORED = ("web_search", "image_generation")
 _MODELS = {
@@ -49,6 +50,10 @@ class Tools:
   declared: tuple[Mapping[str, Any], ...] = ()  # as the client sent them
   functions: tuple[Mapping[str, Any], ...] = ()  # what is rendered
   by_name: Mapping[str, Tool] = dataclasses.field(default_factory=dict)
+  chosen: openai_demands.Choice = openai_demands.ANY
+  strict: Mapping[str, Mapping[str, Any]] = dataclasses.field(
+    default_factory=dict
+  )
 
   def item(
     self, call: Mapping[str, Any], id: str, ledger: stored.Stored
@@ -92,10 +97,8 @@ def read(body: Mapping[str, Any]) -> Tools:
   Raises:
     Refusal: a tool is malformed or not supported, or has another's name.
   """
-  choice = body.get("tool_choice", "auto")
-  if choice not in ("auto", "none"):
-    raise fields.bad("tool_choice", "only 'auto' and 'none' are supported")
-  declared, functions, by_name = [], [], {}
+  chosen = openai_demands.choice(body, nested=False)
+  declared, functions, by_name, strict = [], [], {}, {}
   for n, value in enumerate(fields.field(body, "tools", list, [])):
     where = f"tools[{n}]"
     kind = value.get("type") if isinstance(value, dict) else None
@@ -113,9 +116,13 @@ def read(body: Mapping[str, Any]) -> Tools:
         member["type"], member["name"], namespace and namespace["name"]
       )
       functions.append(_function(name, member, namespace))
-  if choice == "none":
+      if (schema := _strict(member)) is not None:
+        strict[name] = schema
+  if not chosen.shown:
     return Tools(tuple(declared))
-  return Tools(tuple(declared), tuple(functions), by_name)
+  if chosen.only is not None:
+    chosen = dataclasses.replace(chosen, only=_known_as(chosen.only, by_name))
+  return Tools(tuple(declared), tuple(functions), by_name, chosen, strict)
 
 
 def call(item: Mapping[str, Any], ledger: stored.Stored) -> dict[str, Any]:
@@ -184,6 +191,33 @@ def _function(
   return {
     "type": "function",
     "function": {**function, "parameters": parameters},
+  }
+
+
+def _known_as(
+  names: Sequence[str], by_name: Mapping[str, Tool]
+) -> tuple[str, ...]:
+  """What the model calls tools that the client calls by these names."""
+  known = []
+  for name in names:
+    same = [model for model, tool in by_name.items() if tool.name == name]
+    known += same or [name]
+  return tuple(known)
+
+
+def _strict(tool: Mapping[str, Any]) -> Mapping[str, Any] | None:
+  """The schema that calls of a tool must follow, if there is one."""
+  if tool["type"] == "function":
+    return (tool.get("parameters") or {}) if tool.get("strict") else None
+  format = tool.get("format") or {}
+  if format.get("syntax") != "regex":
+    return None
+  pattern = f"^(?:{format['definition']})$"
+  return {
+    "type": "object",
+    "properties": {"input": {"type": "string", "pattern": pattern}},
+    "required": ["input"],
+    "additionalProperties": False,
   }
 
 

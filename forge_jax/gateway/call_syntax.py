@@ -1,0 +1,277 @@
+"""How the model families write their tool calls, as grammars.
+
+A family is here if a call that is written so is what its parser in `renderers`
+reads back, with the types that the tool's schema declares. Calls are marked by
+special tokens, or, in Llama 3, are all of the reply.
+"""
+
+from collections.abc import Container, Mapping
+import dataclasses
+import json
+import re
+from typing import Any
+
+from forge_jax import types
+from forge_jax.gateway import lark, refusal
+
+_NAME = re.compile(r"[\w.-]+")  # what can stand in a call unquoted
+_NAMED, _ARGUMENTS, _KEY, _VALUE = "\0name", "\0arguments", "\0key", "\0value"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Syntax:
+  """The calls of a family; arguments are a JSON object, or pair by pair."""
+
+  call: str  # with the tool's name and its arguments
+  pair: str = ""  # with an argument's key and value; empty: a JSON object
+  opening: str = ""  # before the first call
+  between: str = "\n"
+  closing: str = ""  # after the last call
+  quoted: bool = False  # the name is a JSON string
+  only_one: bool = False
+  text: str = lark.TEXT  # content that is no call
+  marks: tuple[str, ...] = ()  # which must be special tokens of the tokenizer
+
+  def calls(
+    self,
+    writer: lark.Writer,
+    tools: types.Messages,
+    strict: Mapping[str, Mapping[str, Any]],
+    once: bool,
+  ) -> str:
+    """Adds the rules of one call or more.
+
+    Args:
+      writer: of the grammar.
+      tools: that may be called.
+      strict: by name, schemas that must be followed to the letter; of the
+        others' schemas what the engine does not know is overlooked.
+      once: whether there may be no second call.
+
+    Raises:
+      Refusal: a tool cannot be called so.
+    """
+    one = writer.rule(
+      " | ".join(self._call(writer, tool["function"], strict) for tool in tools)
+    )
+    calls = one
+    if not (once or self.only_one):
+      calls = f"{one} ({writer.spell(self.between)} {one})*"
+    pieces = (writer.spell(self.opening), calls, writer.spell(self.closing))
+    return writer.rule(" ".join(piece for piece in pieces if piece))
+
+  def _call(
+    self,
+    writer: lark.Writer,
+    function: Mapping[str, Any],
+    strict: Mapping[str, Mapping[str, Any]],
+  ) -> str:
+    name = function["name"]
+    blame = ("tools", f"the parameters of {name!r}")
+    lenient = name not in strict
+    parameters = strict.get(name, function.get("parameters") or {})
+    if not self.quoted and not _NAME.fullmatch(name):
+      raise refusal.Refusal(
+        f"tools: this model's calls cannot hold the name {name!r}",
+        param="tools",
+      )
+    schema = {"type": "object", **parameters}
+    said = json.dumps(name) if self.quoted else name
+    head, _, tail = self.call.replace(_NAMED, said).partition(_ARGUMENTS)
+    if not self.pair:
+      arguments = writer.json(schema, blame, lenient=lenient)
+    else:
+      arguments = self._pairs(writer, schema, blame, lenient)
+    pieces = (writer.spell(head), arguments, writer.spell(tail))
+    return writer.rule(" ".join(piece for piece in pieces if piece))
+
+  def _pairs(
+    self,
+    writer: lark.Writer,
+    schema: Mapping[str, Any],
+    blame: tuple[str, str],
+    lenient: bool,
+  ) -> str:
+    """The arguments of one call, in the order of the schema's properties."""
+    properties = schema.get("properties") or {}
+    required = schema.get("required") or ()
+    if not (
+      isinstance(properties, dict) and isinstance(required, list | tuple)
+    ):
+      raise refusal.Refusal(
+        f"tools: {blame[1]}: 'properties' must be an object and 'required' a "
+        "list",
+        param="tools",
+      )
+    shared = {k: v for k, v in schema.items() if k in ("$defs", "definitions")}
+    pairs = []
+    for key, value in properties.items():
+      before, _, after = self.pair.partition(_KEY)
+      middle, _, tail = after.partition(_VALUE)
+      close, end = _end(tail)
+      body = " ".join(
+        (
+          writer.spell(before),
+          lark.quote(key),
+          writer.spell(middle),
+          _value(writer, value, shared, close, blame, lenient),
+          writer.spell(end),
+        )
+      )
+      pairs.append(writer.rule(body) + ("" if key in required else "?"))
+    return " ".join(pairs)
+
+
+def _end(tail: str) -> tuple[str, str]:
+  """What closes a value, and what is left of the text after it."""
+  close, bracket, rest = tail.partition(">")
+  return close + bracket, rest
+
+
+def _value(
+  writer: lark.Writer,
+  schema: Any,
+  shared: Mapping[str, Any],
+  close: str,
+  blame: tuple[str, str],
+  lenient: bool,
+) -> str:
+  """A value and what closes it: a bare text if it is a string, else JSON."""
+  if not isinstance(schema, dict) or schema.get("type") not in (
+    "string",
+    ["string"],
+  ):
+    value = schema if isinstance(schema, dict) else {}
+    said = writer.json({**value, **shared}, blame, lenient=lenient)
+    return f"{said} {writer.spell(close)}"
+  texts = [schema["const"]] if "const" in schema else schema.get("enum")
+  if isinstance(texts, list) and all(isinstance(t, str) for t in texts):
+    options = writer.rule(" | ".join(map(lark.quote, texts)) or '""')
+    return f"{options} {writer.spell(close)}"
+  if isinstance(pattern := schema.get("pattern"), str):
+    return f"{writer.rule(_regex(pattern), blame=blame)} {writer.spell(close)}"
+  unknown = schema.keys() - {"type", "description", "title", "default"}
+  if unknown and not lenient:
+    raise refusal.Refusal(
+      f"tools: {blame[1]}: this model writes a string without quotes, and "
+      f"{sorted(unknown)[0]!r} cannot be enforced on it",
+      param="tools",
+    )
+  return writer.until(close)
+
+
+def _regex(pattern: str) -> str:
+  """The texts that a pattern is found in."""
+  whole = pattern.removeprefix("^").removesuffix("$")
+  before = "" if pattern.startswith("^") else "(?s:.*)"
+  after = "" if pattern.endswith("$") else "(?s:.*)"
+  whole = whole.replace("\\/", "/").replace("/", "\\/").replace("\n", "\\n")
+  return f"/{before}(?:{whole}){after}/"
+
+
+_HERMES = Syntax(
+  f'<tool_call>\n{{"name": {_NAMED}, "arguments": {_ARGUMENTS}}}\n</tool_call>',
+  quoted=True,
+  marks=("<tool_call>", "</tool_call>"),
+)
+_QWEN_XML = Syntax(
+  f"<tool_call>\n<function={_NAMED}>\n{_ARGUMENTS}</function>\n</tool_call>",
+  pair=f"<parameter={_KEY}>\n{_VALUE}\n</parameter>\n",
+  marks=("<tool_call>", "</tool_call>"),
+)
+_GLM_MARKS = (
+  "<tool_call>",
+  "</tool_call>",
+  "<arg_key>",
+  "</arg_key>",
+  "<arg_value>",
+  "</arg_value>",
+)
+_GLM_5 = Syntax(
+  f"<tool_call>{_NAMED}{_ARGUMENTS}</tool_call>",
+  pair=f"<arg_key>{_KEY}</arg_key><arg_value>{_VALUE}</arg_value>",
+  between="",
+  marks=_GLM_MARKS,
+)
+# By the name of a renderer; that of the generic one by its parser of calls.
+_FAMILIES: Mapping[str, Syntax] = {
+  "qwen3": _HERMES,
+  "qwen3-vl": _HERMES,
+  "default/qwen3": _HERMES,
+  "prime-qwen3": _QWEN_XML,
+  "qwen3.5": _QWEN_XML,
+  "qwen3.6": _QWEN_XML,
+  "glm-4.5": Syntax(
+    f"<tool_call>{_NAMED}\n{_ARGUMENTS}</tool_call>",
+    pair=f"<arg_key>{_KEY}</arg_key>\n<arg_value>{_VALUE}</arg_value>\n",
+    marks=_GLM_MARKS,
+  ),
+  "glm-5": _GLM_5,
+  "glm-5.1": _GLM_5,
+  "minimax-m2": Syntax(
+    f'<invoke name="{_NAMED}">\n{_ARGUMENTS}</invoke>\n',
+    pair=f'<parameter name="{_KEY}">{_VALUE}</parameter>\n',
+    opening="<minimax:tool_call>\n",
+    between="",
+    closing="</minimax:tool_call>",
+    marks=("<minimax:tool_call>", "</minimax:tool_call>"),
+  ),
+  "kimi-k2": Syntax(
+    f"<|tool_call_begin|>functions.{_NAMED}:0<|tool_call_argument_begin|>"
+    f"{_ARGUMENTS}<|tool_call_end|>",
+    opening="<|tool_calls_section_begin|>",
+    between="",
+    closing="<|tool_calls_section_end|>",
+    only_one=True,  # the calls of a reply are numbered
+    marks=(
+      "<|tool_calls_section_begin|>",
+      "<|tool_calls_section_end|>",
+      "<|tool_call_begin|>",
+      "<|tool_call_argument_begin|>",
+      "<|tool_call_end|>",
+    ),
+  ),
+  "deepseek-v3": Syntax(
+    f"<｜tool▁call▁begin｜>function<｜tool▁sep｜>{_NAMED}\n```json\n{_ARGUMENTS}"
+    "\n```<｜tool▁call▁end｜>",
+    opening="<｜tool▁calls▁begin｜>",
+    closing="<｜tool▁calls▁end｜>",
+    marks=(
+      "<｜tool▁calls▁begin｜>",
+      "<｜tool▁calls▁end｜>",
+      "<｜tool▁call▁begin｜>",
+      "<｜tool▁call▁end｜>",
+      "<｜tool▁sep｜>",
+    ),
+  ),
+  "llama-3": Syntax(
+    f'{{"name": {_NAMED}, "parameters": {_ARGUMENTS}}}',
+    quoted=True,
+    only_one=True,
+    text="/[^{ \\n](?s:.*)/",
+  ),
+}
+# Families whose content is the reply's text, after the reasoning.
+_PLAIN = frozenset({"default", "qwen3.8", *(_FAMILIES.keys())})
+_CHANNEL = "<|channel|>"  # of formats whose content is one of several channels
+
+
+def find(
+  name: str, parser: str | None, special: Container[str]
+) -> Syntax | None:
+  """The syntax of a model; None: it cannot be constrained.
+
+  Args:
+    name: of its renderer.
+    parser: of its calls, if the renderer is the generic one.
+    special: its special tokens.
+  """
+  syntax = _FAMILIES.get(f"default/{parser}" if name == "default" else name)
+  if syntax is None or not all(mark in special for mark in syntax.marks):
+    return None
+  return syntax
+
+
+def plain_content(name: str, special: Container[str]) -> bool:
+  """Whether a reply's text, after the reasoning, is its content."""
+  return name in _PLAIN and _CHANNEL not in special
