@@ -16,6 +16,7 @@ from forge_jax import errors, types
 from forge_jax.engine import api
 from forge_jax.gateway import (
   attempts,
+  call_ids,
   raw_prompts,
   refusal,
   render,
@@ -181,7 +182,7 @@ class Generation:
       rest = Delta((), (), (), *text.finish(self.reply))
       self.reply = dataclasses.replace(self.reply, content=text.content)
     said = self.reply.content
-    self._record(self.message() if turn.prompt is None else said)
+    self._record(self._recorded_message() if turn.prompt is None else said)
     if text:
       yield rest
 
@@ -217,6 +218,17 @@ class Generation:
         }
         for n, call in enumerate(reply.tool_calls)
       ]
+    return message
+
+  def _recorded_message(self) -> dict[str, Any]:
+    """The reply with the ids that the model wrote beside those it was given."""
+    message = self.message()
+    calls = zip(
+      message.get("tool_calls", ()), self.reply.tool_calls, strict=True
+    )
+    for call, sampled in calls:
+      if sampled.id:
+        call[call_ids.NATIVE] = sampled.id
     return message
 
   @property

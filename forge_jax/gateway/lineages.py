@@ -12,6 +12,7 @@ Invariants:
 
 from collections.abc import Sequence
 import dataclasses
+import json
 from typing import Any
 
 from forge_jax import types
@@ -160,6 +161,12 @@ class Lineages:
       elif turns.read(messages[n]).loose_digest() in self._said:
         return HISTORY_CHANGED
     return None
+
+
+def tools_digest(tools: types.Messages, effort: str | None) -> bytes:
+  """A digest of tools, in any order, and of the effort of reasoning."""
+  texts = sorted(json.dumps(tool, sort_keys=True) for tool in tools)
+  return turns.digest_of(effort or "", *texts)
 
 
 def _step(paths: Sequence[Path], message: types.Message) -> list[Path]:

@@ -47,6 +47,7 @@ class ToolCall:
 
   name: str
   arguments: str
+  id: str | None = None  # that the model wrote, if its format has any
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -309,7 +310,7 @@ class Renderer:
         renderers.config_from_name(self.name),
         chat_template_kwargs=self._template_kwargs,
       )
-    except (ValueError, TypeError, AssertionError) as error:
+    except (ValueError, TypeError, AssertionError, RuntimeError) as error:
       raise errors.ConfigError(
         f"renderer {self.name!r} cannot be used: {error}"
       ) from error
@@ -391,4 +392,4 @@ def _well_formed(call: renderers.ParsedToolCall) -> ToolCall | None:
     (call.name + arguments).encode()
   except UnicodeEncodeError:  # JSON can escape what is no text
     return None
-  return ToolCall(call.name, arguments)
+  return ToolCall(call.name, arguments, call.id)

@@ -17,7 +17,6 @@ import asyncio
 import collections
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
-import json
 import time
 from typing import Any
 
@@ -26,6 +25,7 @@ import numpy as np
 from forge_jax import types
 from forge_jax.gateway import (
   attempts,
+  call_ids,
   forest,
   kinds,
   lineages,
@@ -34,7 +34,6 @@ from forge_jax.gateway import (
   refusal,
   render,
   stored,
-  turns,
 )
 
 # Why a request that replays something recorded does not extend it; further
@@ -96,6 +95,7 @@ class Session:
     self._idle.set()
     self.attempts = attempts.Attempts()
     self._kinds = kinds.Kinds()
+    self._native_ids: dict[str, str] = {}  # of calls, see call_ids
     self._lineages = lineages.Lineages()
     self._raw = raw_prompts.RawPrompts()
     # What the Responses protocol keeps.
@@ -127,17 +127,20 @@ class Session:
         the tools.
     """
     self._check_open()
-    digest = _tools_digest(tools, effort)
+    digest = lineages.tools_digest(tools, effort)
     match = self._lineages.find(messages, digest)
     parent, reason, added = match.parent, match.reason, None
     if parent is not None:
       prompt_ids = parent.prompt_ids().tolist()
       response_ids = parent.response_ids.tolist()
+      shown = call_ids.as_the_model_knows(
+        messages, match.messages, self._native_ids
+      )
       added = renderer.extend(
         prompt_ids,
         response_ids,
-        match.messages[: match.depth],
-        match.messages[match.depth :],
+        shown[: match.depth],
+        shown[match.depth :],
         tools,
       )
       if added is None:
@@ -145,7 +148,8 @@ class Session:
       else:
         prompt = prompt_ids + response_ids + added
     if added is None:
-      prompt = added = renderer.render(messages, tools)
+      shown = call_ids.as_the_model_knows(messages, messages, self._native_ids)
+      prompt = added = renderer.render(shown, tools)
     plan = self._start(parent, reason, added, prompt, match, digest)
     return self._asked_by(attempt, choice, plan, messages, tools)
 
@@ -316,6 +320,7 @@ class Session:
     if isinstance(reply, str):
       self._raw.add(asked, reply, node)
     elif reply is not None:
+      self._native_ids |= call_ids.native_ids(reply)
       self._lineages.add(asked, tools, reply, node)
 
   def _check_open(self) -> None:
@@ -390,9 +395,3 @@ def request_seed(session_seed: int, number: int) -> int:
   """The seed of a session's n-th request, in [0, 2**31)."""
   sequence = np.random.SeedSequence([session_seed, number])
   return int(sequence.generate_state(1)[0]) & 0x7FFFFFFF
-
-
-def _tools_digest(tools: types.Messages, effort: str | None) -> bytes:
-  """A digest of tools, in any order, and of the effort of reasoning."""
-  texts = sorted(json.dumps(tool, sort_keys=True) for tool in tools)
-  return turns.digest_of(effort or "", *texts)
