@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import random
 
 import aiohttp
 import engine_servers
@@ -349,3 +350,52 @@ async def test_a_port_in_use_is_an_error_with_its_number():
     second = server.EngineServer(engine(), server.EngineServerConfig(port=port))
     with pytest.raises(errors.EngineError, match=f"{port}: is in use"):
       await second.start()
+
+
+# What a value may be in a malformed body, whatever its key.
+_VALUES = (
+  *(None, True, 0, -1, 2**70, 1.5, float("inf"), float("nan"), "", "x", "\x00"),
+  *([], {}, [1], [[1]], [[1], [2]], [None], ["a"], {"a": 1}, [1] * 300),
+)
+_KEYS = (
+  *("input_ids", "rid", "sampling_params", "return_logprob", "stream", "text"),
+  *("top_logprobs_num", "logprob_start_len", "abort_all", "model_path", "zzz"),
+  "weight_version",
+)
+_SAMPLING_KEYS = (
+  *("max_new_tokens", "temperature", "top_p", "top_k", "stop", "n", "ebnf"),
+  *("stop_token_ids", "sampling_seed", "logit_bias", "ignore_eos", "regex"),
+)
+
+
+def malformed(rng):
+  """A path and a body that are right in parts."""
+  value = lambda keys: {
+    key: rng.choice(_VALUES) for key in rng.sample(keys, rng.randint(0, 4))
+  }
+  body = value(_KEYS)
+  if rng.random() < 0.6:
+    body["input_ids"] = rng.choice([[1, 2], [[1], [2, 3]]])
+  if rng.random() < 0.7:
+    body["sampling_params"] = value(_SAMPLING_KEYS)
+  path = rng.choice(
+    (
+      *("/generate",) * 5,
+      *("/abort_request", "/update_weights_from_disk", "/flush_cache"),
+    )
+  )
+  return path, json.dumps(body) if rng.random() < 0.95 else rng.randbytes(30)
+
+
+async def test_malformed_bodies_never_get_a_500():
+  rng = random.Random(0)
+  async with Serving() as (made, _, browser):
+    for _ in range(8):
+      asked = [malformed(rng) for _ in range(50)]
+      answers = await asyncio.gather(
+        *(browser("POST", path, data=data) for path, data in asked)
+      )
+      for (path, data), (status, reply) in zip(asked, answers, strict=True):
+        assert status in (200, 400), (path, data, reply)
+    assert (await browser.generate())[0] == 200
+    assert made.stats()["running"] == 0
