@@ -110,6 +110,9 @@ class Completion:
   finished: float = 0.0  # seconds since the session was opened
   first_token: float | None = None  # likewise; None: not known
   malformed: bool = False  # a tool call was attempted that is none
+  # Sampled from the policy's own distribution: at temperature 1, with nothing
+  # filtered, biased, penalised or constrained.
+  plain: bool = True
   delivered: bool = True  # False: the client did not get the whole reply
   request: Request | None = None  # None: not known
 
@@ -170,7 +173,9 @@ class Sample:
   logprobs: np.ndarray  # float32 [R], behaviour policy
   advantages: np.ndarray  # float32 [R]
   weights: np.ndarray  # float32 [R], factor of each token's loss term
-  versions: np.ndarray  # int32 [R]; -1 where weights were swapped on the way
+  # int32 [R]; -1 where a log-probability is not that of one version's policy:
+  # weights were swapped on the way, or the completion is not plain.
+  versions: np.ndarray
   episode: str = ""  # whose requests follow one another; "": a request alone
 
 

@@ -32,6 +32,7 @@ class Node:
   finished: float  # seconds since the session was opened
   first_token: float | None = None  # seconds since the session was opened
   malformed: bool = False  # a tool call was attempted that is none
+  plain: bool = True  # sampled from the policy's own distribution
   request: types.Request | None = None
 
   def prompt_ids(self) -> np.ndarray:
@@ -130,6 +131,7 @@ def _completion(
     finished=node.finished,
     first_token=node.first_token,
     malformed=node.malformed,
+    plain=node.plain,
     delivered=delivered,
     request=node.request,
   )

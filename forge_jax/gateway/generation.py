@@ -276,6 +276,7 @@ class Generation:
       reply=reply,
       first_token=self._first_token,
       malformed=self.reply.malformed,
+      plain=self._sampling(self._engine.max_context).plain,
     )
 
   def _sampling(self, max_context: int) -> api.SamplingParams:

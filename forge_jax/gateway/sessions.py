@@ -197,18 +197,19 @@ class Session:
     reply: types.Message | str | None,
     first_token: float | None = None,
     malformed: bool = False,
+    plain: bool = True,
   ) -> None:
     """Records what was sampled.
 
     Args:
       plan: of the request.
-      response_ids: as sampled; `logprobs` and `versions` align.
-      logprobs: nats.
-      versions: of the weights.
+      response_ids: as sampled; `logprobs` (nats) and `versions` (of the
+        weights) align.
       stop_reason: why the response ended.
       reply: what will be delivered, for a raw prompt the text; None: nothing.
       first_token: when it was sampled, time.monotonic().
       malformed: whether a tool call was attempted that is none.
+      plain: whether the policy's own distribution was sampled from.
     """
     request = plan.request
     if plan.attempt is not None:
@@ -229,6 +230,7 @@ class Session:
       finished=self._clock(),
       first_token=None if first_token is None else first_token - self._opened,
       malformed=malformed,
+      plain=plain,
       request=request,
     )
     self.log(records.completion(node, plan.asked, plan.tools, reply))

@@ -36,6 +36,7 @@ def completions_to_json(
       "finished": c.finished,
       "first_token": c.first_token,
       "malformed": c.malformed,
+      "plain": c.plain,
       "delivered": c.delivered,
       "request": request_to_json(c.request),
     }
@@ -66,6 +67,7 @@ def completions_from_json(
       finished=value["finished"],
       first_token=value["first_token"],
       malformed=value["malformed"],
+      plain=value["plain"],
       delivered=value["delivered"],
       request=request_from_json(value["request"]),
     )

@@ -134,9 +134,12 @@ def _sample(
     advantages=np.full(size, advantage, np.float32),
     weights=np.full(size, 1 / total, np.float32),
     # Of a completion that saw a swap of weights, part of the cache is older
-    # than the tokens say: it is no evidence of a mismatch.
+    # than the tokens say; one that is not plain was sampled from another
+    # distribution than the policy's: neither is evidence of a mismatch.
     versions=np.where(
-      np.ptp(completion.versions) == 0, completion.versions, -1
+      completion.plain and np.ptp(completion.versions) == 0,
+      completion.versions,
+      -1,
     ),
     episode=episode,
   )

@@ -192,6 +192,14 @@ async def test_chat_tool_choice(harness, choice, names, most):
   assert cached == reply["usage"]["total_tokens"]
 
 
+async def test_what_is_not_plain_is_marked(harness):
+  keys = await harness.open("marked")
+  for body in ({}, {"temperature": 0.5}, {"presence_penalty": 1}, {"seed": 5}):
+    await harness.chat(keys, ASK, max_tokens=2, **body)
+  completions, _ = await harness.admin.close_session("marked")
+  assert [c.plain for c in completions] == [True, False, False, True]
+
+
 async def test_parallel_tool_calls_false_is_one_call(harness):
   for seed in range(4):
     status, reply = await chat(

@@ -53,6 +53,7 @@ def forests(draw):
         finished=1.5,
         first_token=draw(st.sampled_from([None, 1.25])),
         malformed=draw(st.booleans()),
+        plain=draw(st.booleans()),
         delivered=draw(st.booleans()),
         request=draw(REQUESTS),
       )

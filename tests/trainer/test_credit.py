@@ -1,5 +1,7 @@
 """Credit assignment on hand-computed groups."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -45,6 +47,22 @@ def _group(*episodes):
 def _advantages(groups, **config):
   samples, _ = credit.assign_credit(groups, credit.CreditConfig(**config))
   return {s.name: float(s.advantages[0]) for s in samples}
+
+
+def test_only_plain_completions_tell_of_a_mismatch():
+  episode = _episode(0, [2, 3, 2], [(PERF, 1.0, None)])
+  plain, biased, swapped = episode.completions
+  biased = dataclasses.replace(biased, plain=False)
+  swapped = dataclasses.replace(swapped, versions=np.array([7, 8], np.int32))
+  episode = dataclasses.replace(episode, completions=(plain, biased, swapped))
+  samples, _ = credit.assign_credit(
+    [_group(episode, _episode(1, [1]))], credit.CreditConfig()
+  )
+  assert [s.versions.tolist() for s in samples if s.episode == "e0"] == [
+    [7, 7],
+    [-1, -1, -1],
+    [-1, -1],
+  ]
 
 
 def test_outcome_credits_every_completion_of_an_episode():
