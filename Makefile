@@ -15,7 +15,8 @@ TEST_NEEDS := $(LIBTPU)/.installed $(CUDA)/.installed $(AGENTS_STAMP) \
   $(VERIFIERS)/.installed
 EXPERIMENT := experiments/word_problems_smollm2.py
 # Those that every machine can run.
-BENCHMARKS := experiments/benchmarks/tree.py experiments/benchmarks/update.py
+BENCHMARKS := experiments/benchmarks/tree.py experiments/benchmarks/update.py \
+  experiments/benchmarks/gateway.py
 
 .PHONY: help demo test lint format bench clean
 

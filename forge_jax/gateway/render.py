@@ -353,8 +353,9 @@ class Renderer:
     return tuple(ids)
 
   def _encode(self, text: str) -> list[int]:
+    # As `encode`, but without the places of tokens in the text: a fifth faster.
     backend = self._tokenizer.backend_tokenizer
-    return backend.encode(text, add_special_tokens=False).ids
+    return backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
 
 def _pick(tokenizer: transformers.PreTrainedTokenizerFast) -> str:
