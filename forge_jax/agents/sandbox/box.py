@@ -9,7 +9,13 @@ Invariants:
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import (
+  Awaitable,
+  Callable,
+  Iterator,
+  Mapping,
+  Sequence,
+)
 import contextlib
 import dataclasses
 import json
@@ -34,6 +40,8 @@ _START_SECONDS = 60.0
 _FILES_SECONDS = 120.0  # for files to go in or out
 _GRACE_SECONDS = 10.0  # for a guest to end what it runs, and to say so
 _MOST_STDERR = 4096
+# What reading a reply raises that no guest of ours would send.
+_NONSENSE = (ValueError, TypeError, KeyError, OverflowError, RecursionError)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -109,11 +117,12 @@ class Box:
       "most_bytes": most_bytes,
     }
     reply, data = await self._ask(request, b"", most_bytes, _FILES_SECONDS)
-    found, start = {}, 0
-    for path, size in reply["files"]:
-      found[str(path)] = data[start : start + size]
-      start += size
-    return found
+    with self._reading("get"):
+      found, start = {}, 0
+      for path, size in reply["files"]:
+        found[str(path)] = data[start : start + size]
+        start += size
+      return found
 
   async def run(
     self,
@@ -137,16 +146,17 @@ class Box:
       request, stdin, 2 * self._limits.output_bytes, seconds + _GRACE_SECONDS
     )
     killed = bool(self._group) and self._group.kills() > kills
-    cut = reply["stdout_bytes"]
-    return base.Result(
-      code=int(reply["code"]),
-      stdout=data[:cut],
-      stderr=data[cut:],
-      seconds=float(reply["seconds"]),
-      timed_out=bool(reply.get("timed_out")),
-      out_of_memory=killed or bool(reply.get("out_of_memory")),
-      dropped_bytes=int(reply["dropped_bytes"]),
-    )
+    with self._reading("run"):
+      cut = reply["stdout_bytes"]
+      return base.Result(
+        code=int(reply["code"]),
+        stdout=data[:cut],
+        stderr=data[cut:],
+        seconds=float(reply["seconds"]),
+        timed_out=bool(reply.get("timed_out")),
+        out_of_memory=killed or bool(reply.get("out_of_memory")),
+        dropped_bytes=int(reply["dropped_bytes"]),
+      )
 
   async def aclose(self) -> None:
     """Ends the sandbox; may be called again."""
@@ -195,17 +205,20 @@ class Box:
     try:
       async with asyncio.timeout(seconds):
         reply = await exchange
-    except (
-      asyncio.IncompleteReadError,
-      OSError,
-      ValueError,
-      TypeError,
-      KeyError,
-    ) as error:
+    except (asyncio.IncompleteReadError, OSError, *_NONSENSE) as error:
       self._dead = f"{what}: {await self._last_words(error)}"
       raise errors.SandboxError(self._dead) from error
     self._dead = None
     return reply
+
+  @contextlib.contextmanager
+  def _reading(self, what: str) -> Iterator[None]:
+    """What makes no sense in a reply ends the sandbox."""
+    try:
+      yield
+    except _NONSENSE as error:
+      self._dead = f"{what}: a reply that makes no sense: {error!r}"
+      raise errors.SandboxError(self._dead) from error
 
   async def _receive(self, most: int) -> tuple[dict[str, Any], bytes]:
     """Reads a reply, with at most `most` bytes behind its JSON."""

@@ -4,6 +4,7 @@ import asyncio
 import os
 import pathlib
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ import pytest
 
 from forge_jax import errors
 from forge_jax.agents.sandbox import base, bubblewrap, unsafe
+from forge_jax.agents.sandbox import box as box_lib
 
 ROOT = pathlib.Path(__file__).parents[3]
 PROBES = pathlib.Path(__file__).parent / "probes"
@@ -210,6 +212,42 @@ async def test_a_killed_runners_leftovers_are_swept(open_box):
   await open_box()
   assert not left.exists()
   assert (await box.run(["true"], seconds=10)).failure is None
+
+
+REPLIES = {
+  "no frame": b"hello",
+  "a huge object": struct.pack(">II", 2**31, 0),
+  "a huge payload": struct.pack(">II", 2, 2**31) + b"{}",
+  "no JSON": struct.pack(">II", 2, 0) + b"{]",
+  "no object": struct.pack(">II", 2, 0) + b"[]",
+  "a deep one": struct.pack(">II", 10**6, 0) + b"[" * 10**6,
+  "an empty one": struct.pack(">II", 2, 0) + b"{}",
+  "an odd one": struct.pack(">II", 30, 0) + b'{"stdout_bytes": 1, "code":[]}',
+}
+
+
+@pytest.mark.parametrize("name", REPLIES)
+async def test_a_hostile_guest_is_an_error(name, tmp_path):
+  (tmp_path / "reply").write_bytes(REPLIES[name])
+  code = (
+    "import sys; out = sys.stdout.buffer\n"
+    "out.write(bytes.fromhex('0000000200000000') + b'{}'); out.flush()\n"
+    "sys.stdin.buffer.read(50); out.write(open('reply', 'rb').read())"
+  )
+  process = await asyncio.create_subprocess_exec(
+    *(sys.executable, "-c", code),
+    cwd=tmp_path,
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+  )
+  hostile = box_lib.Box(
+    process, work="/", home="/", gateway=None, limits=base.Limits()
+  )
+  async with await box_lib.open_box(hostile) as box:
+    for _ in range(2):
+      with pytest.raises(errors.SandboxError):
+        await box.run(["true"], seconds=5)
 
 
 def test_bubblewrap_is_asked_for_by_name(monkeypatch):
