@@ -8,6 +8,7 @@ call, the files come out and are scored.
 
 from collections.abc import Mapping, Sequence
 import dataclasses
+import json
 from typing import Protocol
 
 from forge_jax import types
@@ -59,12 +60,12 @@ class WorkspaceAgent:
     """
     async with await self._backend.open(self._config.limits) as box:
       await box.put(environment.files())
-      tools = toolbox.Toolbox(self._tools, box)
+      opening = [dict(message) for message in environment.reset()]
+      tools = toolbox.Toolbox(self._tools, box, json.dumps(opening))
+      equipped = _Equipped(environment, opening, tools)
       failure = None
       try:
-        messages = await self._agent.run(
-          _Equipped(environment, tools), endpoint
-        )
+        messages = await self._agent.run(equipped, endpoint)
       except Exception as error:  # raised below: the files count nevertheless
         failure = error
       environment.collect(await self._harvest(box))
@@ -81,8 +82,14 @@ class WorkspaceAgent:
 class _Equipped:
   """An environment that answers tool calls with what they did."""
 
-  def __init__(self, inner: WorkspaceEnvironment, box: toolbox.Toolbox):
+  def __init__(
+    self,
+    inner: WorkspaceEnvironment,
+    opening: types.Messages,
+    box: toolbox.Toolbox,
+  ):
     self._inner = inner
+    self._opening = opening
     self._box = box
 
   @property
@@ -90,7 +97,7 @@ class _Equipped:
     return self._box.tools
 
   def reset(self) -> types.Messages:
-    return self._inner.reset()
+    return self._opening
 
   async def respond(self, reply: types.Message) -> types.Messages | None:
     return await self._box.answer(reply)
