@@ -1,7 +1,7 @@
 """What does the window cost in throughput, and what does it keep in order?
 
 Question: with durations from seconds to hours, how do FIFO (W = 1), windows of
-0.1 N, 0.3 N and 0.5 N, and greedy (W = N) compare in throughput, in the
+0.1 N, 0.3 N and 0.5 N, greedy (W = N) and a window set by the drift compare in throughput, in the
 trainer's idle time, in lag, and in how far what is trained strays from what
 was asked for?
 
@@ -47,7 +47,9 @@ WINDOWS: Mapping[str, int | float] = {
   "0.3 N": 0.3,
   "0.5 N": 0.5,
   "greedy": 1.0,
+  "adaptive": 1.0,  # where DRIFT lets it
 }
+DRIFT = drift.DriftConfig(recent=1024, reference=IN_FLIGHT, adapt=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +109,7 @@ class Trace:
   seconds: float  # until the last step's end
   idle: float  # share of them in which the trainer waited, 0..1
   engine_idle: float  # share of slots and seconds without a group, 0..1
+  width: np.ndarray  # int, W after each step's batch was claimed
 
 
 class Simulation:
@@ -118,7 +121,9 @@ class Simulation:
     durations: Sequence[float],
     slots: int,
     step_seconds: float,
+    meter: drift.DriftMeter | None = None,
   ):
+    self._meter = meter
     self._fifo = windowed_fifo.WindowedFifo(config)
     self._batch = config.groups_per_step
     self._durations = durations
@@ -136,6 +141,7 @@ class Simulation:
     self._slots = slots
     self._trained: list[int] = []
     self._lag: list[int] = []
+    self._width: list[int] = []
 
   def run(self, tasks: int) -> Trace:
     """Runs until the step that trains the last of `tasks` groups has ended."""
@@ -154,6 +160,8 @@ class Simulation:
         self._advance(end)
         self._free += 1
         self._fifo.complete(index)
+        if self._meter is not None:
+          self._meter.generate(self._features(index))
       self._settle()
     size = steps * self._batch
     return Trace(
@@ -163,6 +171,7 @@ class Simulation:
       self._now,
       self._idle / self._now,
       self._engine_idle / self._now / self._slots,
+      np.array(self._width[:steps]),
     )
 
   def _advance(self, now: float) -> None:
@@ -189,18 +198,33 @@ class Simulation:
       if self._step_end is None and len(self._gathered) == self._batch:
         self._idle += self._now - self._waits_since
         self._trained += self._gathered
+        self._adapt()
         self._gathered = []
         self._step_end = self._now + self._step_seconds
       elif not count:
         return
 
+  def _adapt(self) -> None:
+    """Sets the window by the drift, as `GroupQueue` does."""
+    if self._meter is not None:
+      self._meter.train([self._features(index) for index in self._gathered])
+      self._fifo.resize(self._meter.width(self._fifo.config.capacity))
+    self._width.append(self._fifo.width)
+
+  def _features(self, index: int) -> drift.Features:
+    seconds = self._durations[index]
+    return drift.Features(seconds, "", seconds, 1.0)
+
 
 def simulate(
-  workload: Workload, window: int | float, tasks: int, seed: int = 0
+  workload: Workload, policy: str, tasks: int, seed: int = 0
 ) -> tuple[Trace, np.ndarray]:
   """One policy on one workload; the trace and all tasks' durations."""
   config = window_lib.WindowConfig(
-    in_flight=IN_FLIGHT, window=window, max_lag=None, groups_per_step=STEP
+    in_flight=IN_FLIGHT,
+    window=WINDOWS[policy],
+    max_lag=None,
+    groups_per_step=STEP,
   )
   durations = workload.durations(tasks + 2 * IN_FLIGHT, seed)
   capacity = workload.slots / durations.mean()  # groups a second, never idle
@@ -209,6 +233,7 @@ def simulate(
     durations.tolist(),
     workload.slots,
     STEP / (capacity * workload.headroom),
+    drift.DriftMeter(DRIFT) if policy == "adaptive" else None,
   )
   return simulation.run(tasks), durations
 
@@ -309,10 +334,7 @@ def main(argv: Sequence[str]) -> None:
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")
   for name in [_WORKLOAD.value] if _WORKLOAD.value else WORKLOADS:
     workload, started = WORKLOADS[name], time.perf_counter()
-    runs = {
-      label: simulate(workload, window, _TASKS.value)
-      for label, window in WINDOWS.items()
-    }
+    runs = {label: simulate(workload, label, _TASKS.value) for label in WINDOWS}
     figures = {label: measure(*run) for label, run in runs.items()}
     for label, found in figures.items() if _JSON.value else ():
       keys = ("throughput", "idle", "max_lag", "drift")
@@ -328,6 +350,10 @@ def main(argv: Sequence[str]) -> None:
         STEP,
       )
       drawing.write(f"windowed_fifo_{name}", picture)
+      adaptive = pictures.adapted(
+        runs["adaptive"][0].width / IN_FLIGHT, figures["adaptive"].drift_by_step
+      )
+      drawing.write(f"windowed_fifo_{name}_adaptive", adaptive)
   if not _JSON.value:
     print(f"\n{decision_rate():,.0f} decisions a second")
 

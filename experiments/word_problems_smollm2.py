@@ -26,7 +26,7 @@ from forge_jax.engine import engine
 from forge_jax.gateway import server
 from forge_jax.model import sharding
 from forge_jax.observe import metrics
-from forge_jax.pool import curation, window
+from forge_jax.pool import curation, drift, window
 from forge_jax.rollout import evaluation, host
 from forge_jax.tasks import word_problems
 from forge_jax.trainer import checkpoint, credit, trainer, update
@@ -83,6 +83,7 @@ def get_config() -> ml_collections.ConfigDict:
     ),
     "credit": settings.defaults(credit.CreditConfig),
     "curation": settings.defaults(curation.CurationConfig),
+    "drift": settings.defaults(drift.DriftConfig),
     # Small packs: late steps, where most groups agree, have little to train.
     "pack": settings.defaults(pack.PackConfig, tokens=512, edges=512, rows=512),
     # Eight groups an update hold every one of the six question templates; with

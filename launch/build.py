@@ -15,7 +15,7 @@ from forge_jax.gateway import tokenizer as tokenizer_lib
 from forge_jax.model import decoder as decoder_lib
 from forge_jax.model import files, mtp, sharding
 from forge_jax.observe import metrics as metrics_lib
-from forge_jax.pool import chain, curation, replay, window
+from forge_jax.pool import chain, curation, drift, replay, window
 from forge_jax.pool import queue as queue_lib
 from forge_jax.pool import store as store_lib
 from forge_jax.rollout import evaluation, host
@@ -37,6 +37,7 @@ _SECTIONS = {
   "context": context.ContextConfig,
   "credit": credit.CreditConfig,
   "curation": curation.CurationConfig,
+  "drift": drift.DriftConfig,
   "engine": engine_lib.EngineConfig,
   "eval": evaluation.EvalConfig,
   "gateway": server.GatewayConfig,
@@ -151,6 +152,7 @@ class Blueprint:
       replay.Replay(store, old, config.replay_steps, self.seed)
       if old
       else None,
+      self.parts["drift"],
     )
 
   def trainer(

@@ -71,3 +71,10 @@ def test_the_lags_drawn_are_all_the_lags():
   picture = windowed_fifo.simulated(values, lag, step=10)
   stairs = picture.axes[1].patches
   assert [sum(one.get_data().values) for one in stairs] == [1, 1]
+
+
+def test_an_adaptive_window_is_drawn_beside_what_it_watches():
+  width, distance = np.linspace(1, 0.1, 5), np.linspace(0, 0.2, 3)
+  picture = windowed_fifo.adapted(width, distance)
+  drawn = [ax.lines[0].get_ydata().tolist() for ax in picture.axes]
+  assert drawn == [width.tolist(), distance.tolist()]

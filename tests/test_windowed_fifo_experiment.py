@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from experiments import windowed_fifo as experiment
+from forge_jax.pool import drift
 from forge_jax.pool import window as window_lib
 
 
@@ -49,7 +50,9 @@ def test_a_trace_keeps_the_bounds(window, most):
 
 def trace_of(order):
   order = np.asarray(order)
-  return experiment.Trace(order, np.zeros(len(order), int), 1.0, 1.0, 0, 0)
+  return experiment.Trace(
+    order, np.zeros(len(order), int), 1.0, 1.0, 0, 0, order
+  )
 
 
 def test_the_figures_of_a_random_order_and_of_a_sorted_one():
@@ -80,3 +83,17 @@ def test_the_scheduler_decides_and_the_table_says_so():
   figures = experiment.measure(trace_of(np.arange(4096)), durations)
   text = experiment.table({"fifo": figures, "greedy": figures})
   assert text.count("100.0%") == 4 and text.startswith("| W |")
+
+
+def test_the_adaptive_window_answers_to_the_drift():
+  rng = np.random.default_rng(0)
+  durations = rng.choice([1.0, 200.0], 2000).tolist()
+  rules = config(in_flight=64, window=1.0, groups_per_step=8)
+  meter = drift.DriftMeter(
+    drift.DriftConfig(recent=32, reference=512, adapt=True)
+  )
+  args = rules, durations, 64, 0.1
+  free = experiment.Simulation(*args).run(800)
+  held = experiment.Simulation(*args, meter).run(800)
+  assert set(free.width.tolist()) == {64}
+  assert held.width.min() < 32 < held.width.max() == 64

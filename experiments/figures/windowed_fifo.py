@@ -208,7 +208,12 @@ def simulated(
   """
   canvas = drawing.canvas(7.4, 3.1)
   over_time, histogram = canvas.subplots(1, 2)
-  colors = (drawing.MUTED, *drawing.SERIES[2:], *drawing.SERIES[:2])
+  colors = (
+    drawing.MUTED,
+    *drawing.SERIES[2:],
+    *drawing.SERIES[:2],
+    drawing.INK,
+  )
   for (name, values), color in zip(drift.items(), colors, strict=False):
     wide = 2.0 if name == "0.3 N" else 1.1
     over_time.plot(values, color=color, linewidth=wide, label=name)
@@ -227,11 +232,32 @@ def simulated(
   canvas.legend(
     *over_time.get_legend_handles_labels(),
     loc="outside lower center",
-    ncols=5,
+    ncols=6,
     frameon=False,
     fontsize=8.5,
     labelcolor=drawing.INK,
   )
+  return canvas
+
+
+def adapted(width: np.ndarray, drift: np.ndarray) -> figure.Figure:
+  """What an adaptive window did.
+
+  Args:
+    width: W as a share of N, at every step.
+    drift: as in `simulated`.
+  """
+  canvas = drawing.canvas(7.4, 2.9)
+  window, distance = canvas.subplots(1, 2)
+  window.plot(width, color=drawing.SERIES[0], linewidth=1.3)
+  distance.plot(drift, color=drawing.SERIES[1], linewidth=1.3)
+  for ax, title in (
+    (window, "the window, as a share of N"),
+    (distance, "distance from what was asked for"),
+  ):
+    drawing.plain(ax, "optimizer step")
+    ax.set_ylim(0, None)
+    ax.set_title(title, **drawing.title())
   return canvas
 
 

@@ -58,6 +58,13 @@ QUEUE_OVER_LAG = "queue/over_lag"  # groups so far that were trained over the
 QUEUE_EXPIRED = "queue/expired"  # groups so far that were dropped for it, each
 # task submitted again
 
+DRIFT = "drift/largest"  # distance of the groups trained lately from those
+# generated, beyond chance, 0..1: the largest of the following
+DRIFT_LENGTH = "drift/length"  # of response tokens
+DRIFT_DOMAIN = "drift/domain"  # of the shares of the domains
+DRIFT_SECONDS = "drift/seconds"  # of the longest episode's wall-clock time
+DRIFT_SUCCESS = "drift/success"  # of the mean perf reward
+
 CURATION_ZERO_VARIANCE = "curation/zero_variance"  # groups so far that were
 # dropped because all their advantages are 0; likewise the following
 CURATION_LENGTH = "curation/length"  # for their length

@@ -201,6 +201,14 @@ def _curves(record: RunRecord) -> str:
       charts.line_chart("clipped", [one("clipped", names.RATIO_CLIPPED)]),
     ),
     (
+      "Distance of what is trained from what is generated",
+      charts.line_chart("drift", [one("largest", names.DRIFT)]),
+    ),
+    (
+      "The window: groups from the head on",
+      charts.line_chart("window", [one("W", names.QUEUE_WINDOW)]),
+    ),
+    (
       "Gradient norm before clipping",
       charts.line_chart("norm", [one("mean", names.TRAIN_GRAD_NORM)]),
     ),

@@ -25,6 +25,7 @@ from forge_jax import errors, types
 from forge_jax.observe import names
 from forge_jax.pool import curation as curation_lib
 from forge_jax.pool import draft as draft_lib
+from forge_jax.pool import drift as drift_lib
 from forge_jax.pool import progress as progress_lib
 from forge_jax.pool import records, windowed_fifo
 from forge_jax.pool import replay as replay_lib
@@ -46,11 +47,13 @@ class GroupQueue:
     config: window_lib.WindowConfig,
     curation: curation_lib.Curation | None = None,
     replay: replay_lib.Replay | None = None,
+    drift: drift_lib.DriftConfig | None = None,
   ):
     self._store = store
     self._config = config
     self._curation = curation or curation_lib.Curation()
     self._replay = replay
+    self._drift = drift or drift_lib.DriftConfig()
     self._changed = threading.Condition()
     self._waiters: set[waiter_lib.Waiter] = set()
     self._failure: BaseException | None = None
@@ -102,7 +105,9 @@ class GroupQueue:
       self._scheduler.expect(group.index)
     started = time.perf_counter()
     self._store.append(group)
+    features = drift_lib.features(self._store.info(group.index))
     with self._changed:
+      self.meter.generate(features)
       self.io_seconds += time.perf_counter() - started
       self.io_tokens += _tokens(group)
       self._scheduler.complete(group.index)
@@ -239,6 +244,24 @@ class GroupQueue:
     self._draft = draft_lib.Draft(
       self._curation, self._scheduler, self._changed
     )
+    self.meter = drift_lib.DriftMeter(self._drift)
+    self.meter.restore(
+      self._store.infos(max(0, progress.consumed.head - self._drift.reference)),
+      (claims[step] for step in sorted(claims) if step <= self._trained_steps),
+    )
+    self._fit_window()
+
+  def _note(self, claim: draft_lib.Claim) -> None:
+    """Notes a claimed batch; sets the window by the drift, if it shall."""
+    self._claims.append(claim)
+    infos = [self._store.info(ticket.index) for ticket in claim.trained]
+    self.meter.train([drift_lib.features(info) for info in infos])
+    self._fit_window()
+    self._notify()
+
+  def _fit_window(self) -> None:
+    if self._drift.adapt and self._config.policy == "windowed":
+      self._scheduler.resize(self.meter.width(self._config.capacity))
 
   def _stored_ticket(self, info: records.GroupInfo) -> progress_lib.Ticket:
     step = self._trained_steps if info.version is None else info.version
@@ -266,7 +289,7 @@ class GroupQueue:
     self._store.claim(claim.record(step))
     with self._changed:
       self._require_alive()
-      self._claims.append(claim)
+      self._note(claim)
     return groups
 
   def _take_again(
@@ -297,10 +320,7 @@ class GroupQueue:
     ]
     self._curation.remember(groups)
     with self._changed:
-      self._claims.append(
-        draft_lib.Claim(trained, dropped, self._curation.state())
-      )
-      self._notify()
+      self._note(draft_lib.Claim(trained, dropped, self._curation.state()))
     return groups
 
   def _replayed(self, step: int) -> list[types.Group]:

@@ -10,6 +10,7 @@ import pytest
 import sample_groups
 
 from forge_jax import errors
+from forge_jax.pool import drift as drift_lib
 from forge_jax.pool import queue as queue_lib
 from forge_jax.pool import records, store
 from forge_jax.pool import window as window_lib
@@ -361,6 +362,42 @@ async def test_a_checkpoint_of_another_pool_is_refused(pool):
   state = queue.state() | {"trained_steps": 3}
   with pytest.raises(errors.PoolError, match=r"3 steps are trained.* step 1"):
     make_queue(pool).restore(state)
+
+
+def drifting(pool):
+  """A queue over 4 of 8 whose window follows the drift of 4 groups."""
+  config = window_lib.WindowConfig(
+    in_flight=8, window=1.0, max_lag=None, groups_per_step=4
+  )
+  drift = drift_lib.DriftConfig(recent=4, reference=16, adapt=True)
+  return queue_lib.GroupQueue(pool, config, drift=drift)
+
+
+async def test_the_window_follows_the_drift_and_is_found_again(pool):
+  queue = drifting(pool)
+  assert queue.stats()["window"] == 8
+  await admit(queue, 8)
+  for index in range(8):  # the later half is far longer
+    queue.complete(
+      sample_groups.make_group(index, episodes=1, turns=8 if index > 3 else 1)
+    )
+  queue.take(4, timeout=10)
+  # The four short ones are trained, of eight that are half short: a distance
+  # of 1/2, of which chance makes 0.87 * sqrt(1/4 + 1/8).
+  assert queue.meter.by_feature["length"] == 0  # not to be told from chance
+  queue.commit(1)
+  await admit(queue, 4)
+  for index in range(8, 12):
+    queue.complete(sample_groups.make_group(index, episodes=1, turns=8))
+  queue.restore(queue.state())
+  wide = queue.stats()["window"]
+  again = drifting(pool)
+  again.restore(queue.state())
+  assert again.meter.by_feature == queue.meter.by_feature
+  assert again.meter.by_feature["length"] == pytest.approx(
+    2 / 3 - drift_lib.noise(4, 12)
+  )
+  assert again.stats()["window"] == wide < 8
 
 
 class Life:
