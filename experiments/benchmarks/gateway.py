@@ -15,7 +15,7 @@ or 100 kB (40 turns, 20 to 180 kB) on average.
            worker and with two, of which the faster counts
   held     1,000 sessions open for ten minutes, each asking every ten seconds
 
-LiteLLM lives in an environment of its own; 1.108.7 was measured:
+LiteLLM, version 1.108.7, lives in an environment of its own:
   python -m venv ENV && ENV/bin/pip install 'litellm[proxy]==1.108.7'
 
 Command: python -m experiments.benchmarks.gateway --quick        (half a minute)
