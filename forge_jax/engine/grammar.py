@@ -103,10 +103,7 @@ class Grammars:
     return matcher.is_accepting() or not whole
 
   def _compile(self, text: str) -> llguidance.LLMatcher:
-    try:
-      matcher = llguidance.LLMatcher(self._vocabulary, text, log_level=0)
-    except ValueError as error:  # half of a surrogate pair
-      raise errors.GrammarError(f"the grammar is no text: {error}") from error
+    matcher = llguidance.LLMatcher(self._vocabulary, text, log_level=0)
     if matcher.is_error():
       raise errors.GrammarError(matcher.get_error())
     return matcher
