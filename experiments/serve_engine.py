@@ -12,7 +12,8 @@ Result:    it says where it listens, in SGLang's native API (docs/engines.md).
 import ml_collections
 
 from forge_jax import settings
-from forge_jax.engine import engine, server
+from forge_jax.engine import config as engine_config
+from forge_jax.engine import server
 
 
 def get_config() -> ml_collections.ConfigDict:
@@ -26,7 +27,7 @@ def get_config() -> ml_collections.ConfigDict:
   )
   config.engine = ml_collections.ConfigDict(
     settings.defaults(
-      engine.EngineConfig, context=2048, slots=16, decode_rows=(1, 16)
+      engine_config.EngineConfig, context=2048, slots=16, decode_rows=(1, 16)
     )
   )
   config.server = ml_collections.ConfigDict(

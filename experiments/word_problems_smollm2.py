@@ -22,7 +22,7 @@ import ml_collections
 
 from forge_jax import settings
 from forge_jax.agents import context, react
-from forge_jax.engine import engine
+from forge_jax.engine import config as engine_config
 from forge_jax.gateway import server
 from forge_jax.model import sharding
 from forge_jax.observe import metrics
@@ -61,16 +61,17 @@ def get_config() -> ml_collections.ConfigDict:
     "agent": settings.defaults(react.ReactConfig),
     "context": settings.defaults(context.ContextConfig),
     "gateway": settings.defaults(server.GatewayConfig, "admin_token"),
-    # One shape for each kind of step, of at least 64 tokens: then a sampled
-    # token does not depend, to the last bit, on what else is in the batch.
+    # With at least 64 tokens a step, and four blocks where there are any, a
+    # sampled token does not depend, to the last bit, on what else is in it.
     "engine": settings.defaults(
-      engine.EngineConfig,
+      engine_config.EngineConfig,
       context=208,
       slots=64,
       decode_rows=(64,),
-      prefill_rows=(4, 8, 16),
+      prefill_rows=(4, 16),
       prefill_chunk=16,
       prefill_patience=1,
+      least_tokens=64,
     ),
     "rollout": settings.defaults(host.RolloutConfig, "seed")
     | settings.defaults(

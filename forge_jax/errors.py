@@ -27,6 +27,10 @@ class EngineUnavailableError(EngineError):
   """An engine that cannot serve now: stopped, failed or out of reach."""
 
 
+class EngineBusyError(EngineUnavailableError):
+  """An engine whose queue is full: worth another try later."""
+
+
 class ContextOverflowError(EngineError):
   """A prompt that leaves no room for a response in the context."""
 

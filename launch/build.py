@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from forge_jax import errors, paths, settings, types
 from forge_jax.agents import context, react
+from forge_jax.engine import config as engine_config
 from forge_jax.engine import engine as engine_lib
 from forge_jax.engine import grammar
 from forge_jax.gateway import server
@@ -38,7 +39,7 @@ _SECTIONS = {
   "credit": credit.CreditConfig,
   "curation": curation.CurationConfig,
   "drift": drift.DriftConfig,
-  "engine": engine_lib.EngineConfig,
+  "engine": engine_config.EngineConfig,
   "eval": evaluation.EvalConfig,
   "gateway": server.GatewayConfig,
   "mesh": sharding.MeshConfig,

@@ -7,6 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from forge_jax import paths, settings
+from forge_jax.engine import config as engine_config
 from forge_jax.engine import engine as engine_lib
 from forge_jax.engine import grammar
 from forge_jax.engine import server as server_lib
@@ -30,7 +31,7 @@ class EngineService:
     settings.check_keys(values, _SECTIONS)
     self._model = values["model"]
     self._engine_config = settings.section(
-      engine_lib.EngineConfig, values["engine"], "engine"
+      engine_config.EngineConfig, values["engine"], "engine"
     )
     self._server_config = settings.section(
       server_lib.EngineServerConfig,

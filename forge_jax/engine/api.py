@@ -82,6 +82,9 @@ class GenerateRequest:
   id: str
   prompt_ids: tuple[int, ...]
   sampling: SamplingParams
+  # Sessions share an engine fairly; "": the request is one of its own.
+  session: str = ""
+  priority: int = 0  # a higher one goes first, and preempts lower ones
 
 
 def check(

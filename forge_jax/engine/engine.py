@@ -11,33 +11,20 @@ Invariants:
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-import dataclasses
+import math
 import threading
 import time
 
 from absl import logging
+import numpy as np
 
 from forge_jax import errors, types
-from forge_jax.engine import api, grammar, sampling
+from forge_jax.engine import api, grammar, prefix_cache, sampling, streams
+from forge_jax.engine import config as config_lib
 from forge_jax.engine import runner as runner_lib
 from forge_jax.engine import scheduler as scheduler_lib
 from forge_jax.engine import weights as weights_lib
 from forge_jax.model import decoder as decoder_lib
-
-
-@dataclasses.dataclass(frozen=True)
-class EngineConfig(runner_lib.RunnerConfig):
-  """Sizes of the runner and policies of the built-in engine."""
-
-  prefill_patience: int = 4  # decode steps a part-filled prefill step waits
-
-
-class _Stream:
-  """The way back to one caller; posts are handed over by the engine."""
-
-  def __init__(self):
-    self.loop = asyncio.get_running_loop()
-    self.items: asyncio.Queue = asyncio.Queue()
 
 
 class JaxEngine:
@@ -46,7 +33,7 @@ class JaxEngine:
   def __init__(
     self,
     decoder: decoder_lib.Decoder,
-    config: EngineConfig,
+    config: config_lib.EngineConfig,
     *,
     decode_text: Callable[[Sequence[int]], str] | None = None,
     grammars: grammar.Grammars | None = None,
@@ -73,12 +60,17 @@ class JaxEngine:
       scheduler_lib.SchedulerConfig(
         slots=config.slots,
         context=config.context,
-        prefill_rows=config.prefill_rows[-1],
-        prefill_chunk=config.prefill_chunk,
+        blocks=config.prefill_rows[-1],
+        block=config.prefill_chunk,
+        step_tokens=config.step_tokens,
         prefill_patience=config.prefill_patience,
-      )
+        decode_steps=config.decode_steps,
+      ),
+      prefix_cache.PrefixCache(
+        config.pages, config.page, config.host_pages, reuse=config.reuse
+      ),
     )
-    self._streams: dict[str, _Stream] = {}
+    self._streams: dict[str, streams.Stream] = {}
     self._progress: dict[str, grammar.Progress] = {}  # of those with a grammar
     self._inbox: list[tuple[str, object]] = []
     self._wake = threading.Condition()
@@ -125,7 +117,7 @@ class JaxEngine:
         request.sampling.grammar,
         request.sampling.stop_token_ids,
       )
-    stream = _Stream()
+    stream = streams.Stream()
     self._post("add", (request, stream, progress))
     finished = False
     try:
@@ -148,8 +140,8 @@ class JaxEngine:
     """See `engine.api.Engine.update_weights`; takes arrays or a folder.
 
     Cached prefixes of older weights serve no prompt any more, and prompts that
-    are being prefilled begin anew. A request that has sampled tokens keeps its
-    cache and goes on.
+    are being prefilled begin anew. A request that has sampled tokens goes on,
+    with its cache or without, as `on_update` says.
     """
     state = weights_lib.receive(weights, self._runner.model, self._runner.dtype)
     prepared = self._runner.prepare(state)
@@ -178,12 +170,15 @@ class JaxEngine:
 
   def stats(self) -> Mapping[str, float]:
     """Totals since the start: tokens, seconds busy, cache use."""
-    prompt = self._scheduler.prompt_tokens
+    cache = self._scheduler.cache
     return {
       "sampled_tokens": self._sampled,
       "prefilled_tokens": self._prefilled,
-      "prompt_tokens": prompt,
+      "prompt_tokens": self._scheduler.prompt_tokens,
       "reused_tokens": self._scheduler.reused_tokens,
+      "preempted": self._scheduler.preempted,
+      "evicted_pages": cache.evicted,
+      "loaded_pages": cache.loaded,
       "steps": self._steps,
       "busy_seconds": self._busy_seconds,
       "live": len(self._scheduler) - self._scheduler.waiting,
@@ -223,7 +218,7 @@ class JaxEngine:
           self._wake.wait()
         inbox, self._inbox = self._inbox, []
         stopping = self._stopping
-      posts: list[tuple[_Stream, object]] = []
+      posts: list[tuple[streams.Stream, object]] = []
       try:
         for kind, message in inbox:
           self._receive(kind, message, posts)
@@ -235,7 +230,7 @@ class JaxEngine:
       except Exception as e:  # boundary: a failed step is its callers' error
         logging.exception("engine step failed")
         self._fail(f"the engine failed: {type(e).__name__}: {e}", posts)
-      _hand_over(posts)
+      streams.hand_over(posts)
       if stopping:
         return
 
@@ -248,6 +243,10 @@ class JaxEngine:
       if request.id in self._streams:
         message = f"request id {request.id} is already in flight"
         posts.append((stream, errors.EngineError(message)))
+        return
+      if self._scheduler.waiting >= self.config.most_waiting:
+        message = f"{self._scheduler.waiting} requests are waiting already"
+        posts.append((stream, errors.EngineBusyError(message)))
         return
       self._streams[request.id] = stream
       if progress is not None:
@@ -263,30 +262,48 @@ class JaxEngine:
       if kind == "weights":
         self.version, weights = message
         self._runner.set_weights(weights)
-      self._scheduler.forget()
+      self._scheduler.forget(
+        recompute=kind == "weights" and self.config.on_update == "recompute"
+      )
 
   def _step(self, posts: list) -> None:
     step = self._scheduler.schedule()
     if step is None:
       return
     started = time.perf_counter()
-    self._runner.copy(step.copies)
-    result = self._runner.extend(
-      [self._row(live, step.width) for live in step.rows], step.width
+    self._runner.move(step.moves)
+    results = self._runner.run(
+      [self._row(r, r.response[-1:], r.committed) for r in step.decode],
+      [self._row(b.live, b.tokens, b.start, b.last) for b in step.blocks],
+      step.decode_steps,
     )
-    before = sum(live.committed for live in step.rows)
-    sampled = self._scheduler.commit(step, result.token_R)
+    self._prefilled += sum(len(block.tokens) for block in step.blocks)
+    for index, result in enumerate(results):
+      self._commit(step, index, result, posts)
     self._busy_seconds += time.perf_counter() - started
     self._steps += 1
+
+  def _commit(
+    self,
+    step: scheduler_lib.Step,
+    index: int,
+    result: sampling.Sampled,
+    posts: list,
+  ) -> None:
+    """Takes in one token of each row, and hands it to its caller."""
+    sampled = self._scheduler.commit(step, result.token_R, index)
     self._sampled += len(sampled)
-    if step.width > 1:
-      self._prefilled += sum(live.committed for live in step.rows) - before
     for live, row in sampled:
-      reason = self._scheduler.stop_reason(live) or self._stop_string(live)
+      logprob = float(result.logprob_R[row])
+      reason = (
+        self._scheduler.stop_reason(live)
+        or self._stop_string(live)
+        or self._early_stop(live, logprob)
+      )
       wanted = live.request.sampling.top_logprobs
       chunk = api.TokenChunk(
         (live.response[-1],),
-        (float(result.logprob_R[row]),),
+        (logprob,),
         (self.version,),
         reason,
         (result.tops(row, wanted),) if wanted else (),
@@ -296,19 +313,28 @@ class JaxEngine:
         self._forget(live.request.id)
     self._follow([live for live, _ in sampled], posts)
 
-  def _row(self, live: scheduler_lib.LiveRequest, width: int) -> runner_lib.Row:
-    params, tokens = live.request.sampling, live.next_tokens(width)
+  def _row(
+    self,
+    live: scheduler_lib.LiveRequest,
+    tokens: Sequence[int],
+    start: int,
+    sample: bool = True,
+  ) -> runner_lib.Row:
+    params = live.request.sampling
     greedy = params.temperature == 0
     shape = None
-    if live.committed + len(tokens) == live.length:  # the step samples
+    if sample and live.stepwise:
       progress = self._progress.get(live.request.id)
       shape = sampling.Shape.make(
-        params, live.prompt, live.response, progress and progress.allowed
+        params,
+        np.asarray(live.prompt, np.int32),
+        live.response,
+        progress and progress.allowed,
       )
     return runner_lib.Row(
-      slot=live.slot,
+      pages=live.lease.pages,
       tokens=tokens,
-      start=live.committed,
+      start=start,
       seed=params.seed & 0xFFFFFFFF,
       temperature=params.temperature,
       top_k=0 if greedy else params.top_k,
@@ -316,6 +342,15 @@ class JaxEngine:
       min_p=0.0 if greedy else params.min_p,
       shape=shape,
     )
+
+  def _early_stop(
+    self, live: scheduler_lib.LiveRequest, logprob: float
+  ) -> types.StopReason | None:
+    """Cuts off a response that has long been certain: it repeats itself."""
+    sure = logprob > math.log(self.config.early_stop_probability)
+    live.sure = live.sure + 1 if sure else 0
+    most = self.config.early_stop_tokens
+    return types.StopReason.LENGTH if 0 < most <= live.sure else None
 
   def _follow(
     self, sampled: Sequence[scheduler_lib.LiveRequest], posts: list
@@ -362,18 +397,3 @@ class JaxEngine:
     for request_id, stream in list(self._streams.items()):
       posts.append((stream, errors.EngineUnavailableError(message)))
       self._forget(request_id)
-
-
-def _hand_over(posts: Sequence[tuple[_Stream, object]]) -> None:
-  """Delivers a step's results, waking each event loop once."""
-  by_loop: dict[asyncio.AbstractEventLoop, list] = {}
-  for stream, item in posts:
-    by_loop.setdefault(stream.loop, []).append((stream, item))
-
-  def deliver(items):
-    for stream, item in items:
-      stream.items.put_nowait(item)
-
-  for loop, items in by_loop.items():
-    if not loop.is_closed():
-      loop.call_soon_threadsafe(deliver, items)

@@ -1,17 +1,21 @@
-"""The device side of the engine: weights, caches, one jitted function.
+"""The device side of the engine: weights, pages, one jitted function.
 
 Invariants:
-  - A slot's cache row holds keys and values by position; positions at or past
-    the slot's committed length are garbage that no query can see.
-  - Prefill and decode are one function, `extend`, at bucketed shapes [R, C]:
-    R rows (slots), C new tokens each. After `warm_up` nothing compiles.
-  - Caches are donated: one buffer a layer, updated in place.
-  - A row's result does not depend on the other rows. On a CPU it is the same
-    to the last bit where every step has at least 64 tokens (R * C >= 64).
+  - A page holds keys and values by position of its sequence; positions at or
+    past the committed length are garbage that no query can see. Page 0 belongs
+    to no sequence: padding reads it.
+  - Prefill and decode are one function, at bucketed shapes (D, B): D sequences
+    go on by one token, B blocks of prompt tokens are added. After `warm_up`
+    nothing compiles.
+  - Pages are donated: one set of buffers a layer, updated in place.
+  - A row's result does not depend on the other rows but for rounding. On a CPU
+    it is the same to the last bit where `least_tokens` is 64 or more and a step
+    has room for four blocks at least: the products then go the same way.
 """
 
 from collections.abc import Sequence
 import dataclasses
+from typing import NamedTuple
 
 from flax import nnx
 import jax
@@ -19,43 +23,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from forge_jax import errors
+from forge_jax.engine import attention, prefix_cache
+from forge_jax.engine import config as config_lib
 from forge_jax.engine import sampling as sampling_lib
 from forge_jax.model import decoder as decoder_lib
 
-
-@dataclasses.dataclass(frozen=True)
-class RunnerConfig:
-  """Sizes of the engine's device state and of its compiled shapes."""
-
-  slots: int = 64  # sequences whose cache is kept
-  context: int = 512  # most tokens of a sequence, prompt and response
-  decode_rows: tuple[int, ...] = (1, 8, 64)  # buckets of a decode step's rows
-  prefill_rows: tuple[int, ...] = (4, 16)  # buckets of a prefill step's rows
-  prefill_chunk: int = 16  # prompt tokens of one row in a prefill step
-
-  def __post_init__(self):
-    for name in ("decode_rows", "prefill_rows"):
-      rows = getattr(self, name)
-      if not rows or list(rows) != sorted(set(rows)) or rows[0] < 1:
-        raise errors.ConfigError(
-          f"{name}={rows} must be positive, ascending and distinct"
-        )
-    if self.decode_rows[-1] != self.slots:
-      raise errors.ConfigError(
-        f"the last of decode_rows={self.decode_rows} must be slots={self.slots}"
-      )
-    if self.prefill_rows[-1] > self.slots:
-      raise errors.ConfigError(
-        f"prefill_rows={self.prefill_rows} exceed slots={self.slots}"
-      )
+_MOVES = 8  # pages moved by one call
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Row:
-  """One slot's part of a step."""
+  """One sequence's part of a step: one token, or a block of them."""
 
-  slot: int
-  tokens: Sequence[int]  # new tokens, at most C
+  pages: Sequence[int]  # of the sequence, up to these tokens
+  tokens: Sequence[int]  # new tokens
   start: int  # position of the first of them
   seed: int
   temperature: float
@@ -65,10 +46,22 @@ class Row:
   shape: sampling_lib.Shape | None = None  # None: the logits as they are
 
 
+class _Draw(NamedTuple):
+  """How the rows' tokens are drawn; see `sampling.sample`."""
+
+  seed_R: np.ndarray
+  temperature_R: np.ndarray
+  top_k_R: np.ndarray
+  top_p_R: np.ndarray
+  min_p_R: np.ndarray
+
+
 class Runner:
   """Runs steps on the device; knows nothing of requests."""
 
-  def __init__(self, decoder: decoder_lib.Decoder, config: RunnerConfig):
+  def __init__(
+    self, decoder: decoder_lib.Decoder, config: config_lib.EngineConfig
+  ):
     """Takes a decoder whose state is the first weights.
 
     Args:
@@ -86,201 +79,258 @@ class Runner:
         f"engine context {config.context} exceeds the model's "
         f"{self.model.max_context}"
       )
+    self._kind = attention.choose(jax.default_backend(), config.attention)
     self._stacked_graph, state = nnx.split(decoder)
-    self._graph = nnx.graphdef(
+    graph, abstract = nnx.split(
       nnx.eval_shape(lambda: decoder_lib.UnrolledDecoder(decoder))
     )
-    shape = (
-      config.slots,
-      self.model.num_kv_heads,
-      config.context,
-      self.model.head_dim,
-    )
-    self._caches = [
-      (jnp.zeros(shape, decoder.dtype), jnp.zeros(shape, decoder.dtype))
-      for _ in range(self.model.num_layers)
-    ]
-    self.compilations = 0  # traces of `extend` and `copy`, for tests
-    self._extend = jax.jit(
-      self._extend_fn,
-      static_argnames=("filtered", "shaped"),
-      donate_argnums=(1,),
+    self._graph, self._structure = graph, jax.tree.structure(abstract)
+    self._allocate()
+    self.compilations = 0  # traces of the functions below, for tests
+    self._run = jax.jit(
+      self._run_fn, static_argnames=("filtered", "shaped"), donate_argnums=(1,)
     )
     self._sample = jax.jit(
       self._sample_fn, static_argnames=("filtered", "tops")
     )
     self._copy = jax.jit(self._copy_fn, donate_argnums=(0,))
+    self._save = jax.jit(self._save_fn)
+    self._load = jax.jit(self._load_fn, donate_argnums=(0,))
     self._prepare = jax.jit(self._prepare_fn)
     self.set_weights(self.prepare(state))
 
-  def prepare(self, state: nnx.State) -> nnx.State:
+  def prepare(self, state: nnx.State) -> list[jax.Array]:
     """A copy of a decoder's state in the form that `set_weights` takes.
 
     May be called from any thread; the state may be donated elsewhere after.
     """
     return self._prepare(state)
 
-  def set_weights(self, weights: nnx.State) -> None:
-    """Takes prepared weights; caches are kept."""
+  def set_weights(self, weights: list[jax.Array]) -> None:
+    """Takes prepared weights; pages are kept."""
     self._weights = weights
 
-  def extend(self, rows: Sequence[Row], width: int) -> sampling_lib.Sampled:
-    """Appends tokens to slots and samples the token after each row's last.
+  def run(
+    self, decode: Sequence[Row], blocks: Sequence[Row], decode_steps: int = 1
+  ) -> list[sampling_lib.Sampled]:
+    """Adds tokens to sequences and samples the token after each row's last.
 
     Args:
-      rows: distinct slots, at most the largest bucket for the width.
-      width: C, 1 or the prefill chunk.
+      decode: rows of one token each, at most the largest bucket.
+      blocks: rows of at most `prefill_chunk` tokens; several may be of one
+        sequence.
+      decode_steps: how often each of `decode` goes on by a token, without
+        blocks and shapes if more than once. The pages must suffice.
 
     Returns:
-      What was sampled; its rows align with `rows`.
+      What was sampled in each step: of `decode`, then of `blocks`.
     """
-    bucket = next(b for b in self._buckets(width) if b >= len(rows))
-    full = bucket == self.config.slots
-    slot_R = np.arange(bucket, dtype=np.int32)
-    place = [row.slot if full else i for i, row in enumerate(rows)]
-    if not full:
-      used = {row.slot for row in rows}
-      spare = (s for s in range(self.config.slots) if s not in used)
-      slot_R[:] = [row.slot for row in rows] + [
-        next(spare) for _ in range(bucket - len(rows))
-      ]
-    tokens_RC = np.zeros((bucket, width), np.int32)
-    length_R = np.zeros(bucket, np.int32)
-    start_R, top_k_R = np.zeros_like(length_R), np.zeros_like(length_R)
-    seed_R = np.zeros(bucket, np.uint32)
-    temperature_R, top_p_R, min_p_R = np.zeros((3, bucket), np.float32)
-    for i, row in zip(place, rows, strict=True):
-      tokens_RC[i, : len(row.tokens)] = row.tokens
-      length_R[i], start_R[i] = len(row.tokens), row.start
-      seed_R[i], temperature_R[i] = row.seed, row.temperature
-      top_k_R[i], top_p_R[i], min_p_R[i] = row.top_k, row.top_p, row.min_p
+    size_D, size_B = self._bucket(len(decode), len(blocks))
+    width = self.config.prefill_chunk
+    rows_D, rows_B = (
+      self._rows(decode, size_D, 1),
+      self._rows(blocks, size_B, width),
+    )
+    place = [*range(len(decode)), *range(size_D, size_D + len(blocks))]
+    rows = [*decode, *blocks]
+    draw = _draw(rows, place, size_D + size_B)
     filtered = any(row.top_k > 0 or row.top_p < 1 or row.min_p for row in rows)
     shaped = any(row.shape is not None for row in rows)
-    sampling = (seed_R, temperature_R, top_k_R, top_p_R, min_p_R)
-    result, self._caches = self._extend(
-      self._weights,
-      self._caches,
-      slot_R,
-      tokens_RC,
-      start_R,
-      length_R,
-      sampling,
-      filtered=filtered and not shaped,
-      shaped=shaped,
-    )
-    if shaped:
-      shapes: list[sampling_lib.Shape | None] = [None] * bucket
-      for i, row in zip(place, rows, strict=True):
-        shapes[i] = row.shape
-      result = self._sample(
-        result,
-        sampling_lib.stack(shapes, self.model.vocab_size),
-        (seed_R, start_R + length_R, *sampling[1:]),
-        filtered=filtered,
-        tops=any(shape is not None and shape.tops for shape in shapes),
+    results = []
+    for _ in range(decode_steps):
+      result, self._caches = self._run(
+        self._weights,
+        self._caches,
+        rows_D,
+        rows_B,
+        draw,
+        filtered=filtered and not shaped,
+        shaped=shaped,
       )
-    return sampling_lib.Sampled(*(np.asarray(x)[place] for x in result))
+      if shaped:
+        result = self._shape(result, rows, place, rows_D, rows_B, draw)
+      results.append(result)
+      # The next step takes its tokens without waiting for them.
+      rows_D = rows_D._replace(
+        token_RW=result[0][:size_D, None] if size_B else result[0][:, None],
+        start_R=rows_D.start_R + 1,
+      )
+    return [
+      sampling_lib.Sampled(*(np.asarray(x)[place] for x in result))
+      for result in results
+    ]
 
-  def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
-    """Copies whole cache rows, in order; pairs of (source, target) slots."""
-    slots = self.config.slots
-    for first in range(0, len(pairs), slots):
-      some = pairs[first : first + slots]
-      source, target = np.zeros((2, slots), np.int32)
-      source[: len(some)] = [pair[0] for pair in some]
-      target[: len(some)] = [pair[1] for pair in some]
-      self._caches = self._copy(self._caches, source, target, len(some))
+  def move(self, moves: Sequence[prefix_cache.Move]) -> None:
+    """Copies pages, in order, on the device and from and to the host."""
+    while moves:
+      kind = moves[0].kind
+      some = []
+      for move in moves[:_MOVES]:
+        if move.kind != kind:
+          break
+        some.append(move)
+      moves = moves[len(some) :]
+      source, target = np.zeros((2, _MOVES), np.int32)
+      source[: len(some)] = [move.source for move in some]
+      target[: len(some)] = [move.target for move in some]
+      if kind == "copy":
+        self._caches = self._copy(self._caches, source, target)
+      elif kind == "save":
+        saved = self._save(self._caches, source)
+        for host, x in zip(self._host, saved, strict=True):
+          host[target[: len(some)]] = np.asarray(x)[: len(some)]
+      else:
+        loaded = [host[source] for host in self._host]
+        self._caches = self._load(self._caches, loaded, target)
 
   def warm_up(self) -> None:
-    """Compiles every shape of a plain step, without filters, and `copy`."""
-    row = Row(0, (0,), 0, 0, 1.0, 0, 1.0)
-    for width in {1, self.config.prefill_chunk}:
-      for bucket in self._buckets(width):
-        rows = [dataclasses.replace(row, slot=slot) for slot in range(bucket)]
-        self.extend(rows, width)
-    self.copy([(0, 0)])
+    """Compiles every shape of a plain step, without filters, and moves."""
+    row = Row((0,), (0,), 0, 0, 1.0, 0, 1.0)
+    for size_D, size_B in self.config.shapes():
+      self.run([row] * size_D, [row] * size_B)
+    kinds = ["copy", "save", "load"] if self.config.host_pages else ["copy"]
+    self.move([prefix_cache.Move(kind, 0, 0) for kind in kinds])
 
-  def _buckets(self, width: int) -> tuple[int, ...]:
-    if width > 1:
-      return self.config.prefill_rows
-    return self.config.decode_rows
+  def _allocate(self) -> None:
+    config, model = self.config, self.model
+    shapes = attention.cache_shapes(
+      self._kind,
+      config.pages,
+      config.page,
+      model.num_kv_heads,
+      model.head_dim,
+    )
+    self._caches = [
+      tuple(jnp.zeros(shape, self.dtype) for shape in shapes)
+      for _ in range(model.num_layers)
+    ]
+    self._host = [
+      np.zeros((config.host_pages, *shape[1:]), self.dtype)
+      for _ in range(model.num_layers)
+      for shape in shapes
+    ]
 
-  def _prepare_fn(self, state: nnx.State) -> nnx.State:
+  def _bucket(self, decode: int, blocks: int) -> tuple[int, int]:
+    """The smallest compiled shape that holds as many rows."""
+    fits = (
+      (size_D, size_B)
+      for size_D, size_B in self.config.shapes()
+      if size_D >= decode and size_B >= blocks
+    )
+    return min(fits, key=lambda s: s[0] + s[1] * self.config.prefill_chunk)
+
+  def _rows(self, rows: Sequence[Row], size: int, width: int) -> attention.Rows:
+    """Arrays of a bucket's size; padding has no tokens."""
+    # Room for a block's padding past the context.
+    table = np.zeros(
+      (size, self.config.sequence_pages + -(-width // self.config.page)),
+      np.int32,
+    )
+    token = np.zeros((size, width), np.int32)
+    start, length = np.zeros((2, size), np.int32)
+    for i, row in enumerate(rows):
+      token[i, : len(row.tokens)] = row.tokens
+      start[i], length[i] = row.start, len(row.tokens)
+      table[i, : len(row.pages)] = row.pages
+    return attention.Rows(token, start, length, table)
+
+  def _shape(self, logits_RV, rows, place, rows_D, rows_B, draw):
+    """Samples from logits that some rows edit."""
+    shapes: list[sampling_lib.Shape | None] = [None] * len(draw.seed_R)
+    for i, row in zip(place, rows, strict=True):
+      shapes[i] = row.shape
+    position_R = np.concatenate(
+      [r.start_R + r.length_R for r in (rows_D, rows_B)]
+    )
+    return self._sample(
+      logits_RV,
+      sampling_lib.stack(shapes, self.model.vocab_size),
+      (draw.seed_R, position_R, *draw[1:]),
+      filtered=any(r.top_k > 0 or r.top_p < 1 or r.min_p for r in rows),
+      tops=any(shape is not None and shape.tops for shape in shapes),
+    )
+
+  def _prepare_fn(self, state: nnx.State) -> list[jax.Array]:
     """Stacked weights as the unrolled forward pass wants them."""
     stacked = nnx.merge(self._stacked_graph, state)
     unrolled = nnx.state(decoder_lib.UnrolledDecoder(stacked))
-    return jax.tree.map(jnp.copy, unrolled)
+    return [jnp.copy(x) for x in jax.tree.leaves(unrolled)]
 
-  def _copy_fn(self, caches, source, target, count):
+  def _copy_fn(self, caches, source, target):
     self.compilations += 1
 
     def one(i, caches):
-      # In order: a pair may read what an earlier one wrote.
+      # In order: a move may read what an earlier one wrote. Those past the
+      # moves' end copy page 0 onto itself.
       return jax.tree.map(
-        lambda cache: jax.lax.dynamic_update_index_in_dim(
-          cache,
-          jax.lax.dynamic_index_in_dim(cache, source[i], 0, keepdims=False),
-          target[i],
-          0,
+        lambda x: jax.lax.dynamic_update_index_in_dim(
+          x, x[source[i]], target[i], 0
         ),
         caches,
       )
 
-    return jax.lax.fori_loop(0, count, one, caches)
+    return jax.lax.fori_loop(0, _MOVES, one, caches)
 
-  def _extend_fn(
-    self,
-    weights,
-    caches,
-    slot_R,
-    tokens_RC,
-    start_R,
-    length_R,
-    sampling,
-    *,
-    filtered,
-    shaped,
-  ):
-    """Traced: writes the caches, attends over them; samples unless `shaped`."""
+  def _save_fn(self, caches, source):
     self.compilations += 1
-    decoder = nnx.merge(self._graph, weights)
-    offset_C = jnp.arange(tokens_RC.shape[1])
-    position_RC = start_R[:, None] + offset_C[None]
-    write_RC = jnp.where(
-      offset_C[None] < length_R[:, None], position_RC, self.config.context
+    return [x[source] for x in jax.tree.leaves(caches)]
+
+  def _load_fn(self, caches, loaded, target):
+    self.compilations += 1
+    leaves, structure = jax.tree.flatten(caches)
+    new = [
+      x.at[target].set(pages) for x, pages in zip(leaves, loaded, strict=True)
+    ]
+    return jax.tree.unflatten(structure, new)
+
+  def _run_fn(self, weights, caches, rows_D, rows_B, draw, *, filtered, shaped):
+    """Traced: writes the pages, attends over them; samples unless `shaped`."""
+    self.compilations += 1
+    config, kind = self.config, self._kind
+    state = jax.tree.unflatten(self._structure, weights)
+    decoder = nnx.merge(self._graph, state)
+    both = (rows_D, rows_B)
+    join = lambda parts: jnp.concatenate([p.reshape(-1) for p in parts])
+    token_T = join([rows.token_RW for rows in both])
+    position_T = join([rows.position_RW for rows in both])
+    padding = max(config.least_tokens - len(token_T), 0)
+    token_T, position_T = (
+      jnp.pad(x, (0, padding)) for x in (token_T, position_T)
     )
+    places = [rows.places(config.page, config.pages) for rows in both]
+    page_T = jnp.pad(
+      join([p for p, _ in places]), (0, padding), constant_values=config.pages
+    )
+    offset_T = jnp.pad(join([o for _, o in places]), (0, padding))
     new_caches = []
 
     def attend_over(cache):
       def attend(q, k, v):
-        updated = tuple(
-          _write(buffer, x, slot_R, write_RC)
-          for buffer, x in zip(cache, (k, v), strict=True)
-        )
-        new_caches.append(updated)
-        if len(slot_R) < self.config.slots:
-          updated = tuple(buffer[slot_R] for buffer in updated)
-        return _cached_attention(q, *updated, position_RC)
+        cache_now = attention.write(kind, cache, k, v, page_T, offset_T)
+        new_caches.append(cache_now)
+        return attention.attend(kind, q, cache_now, rows_D, rows_B)
 
       return attend
 
-    hidden_RCD = decoder.hidden(
-      tokens_RC, position_RC, [attend_over(cache) for cache in caches]
+    hidden_TD = decoder.hidden(
+      token_T, position_T, [attend_over(cache) for cache in caches]
     )
-    last_R = jnp.maximum(length_R - 1, 0)
-    hidden_RD = jnp.take_along_axis(hidden_RCD, last_R[:, None, None], 1)[:, 0]
-    # The head always sees the same number of rows, so that logits do not depend
-    # on the size of the step, to the last bit.
-    rows = len(slot_R)
-    padding = ((0, self.config.slots - rows), (0, 0))
-    logits_RV = decoder.logits(jnp.pad(hidden_RD, padding))[:rows]
+    size_D, (size_B, width) = len(rows_D.start_R), rows_B.token_RW.shape
+    last_B = jnp.arange(size_B) * width + jnp.maximum(rows_B.length_R - 1, 0)
+    last_R = jnp.concatenate([jnp.arange(size_D), size_D + last_B])
+    padding = max(config.least_tokens - len(last_R), 0)
+    hidden_RD = jnp.pad(hidden_TD[last_R], ((0, padding), (0, 0)))
+    logits_RV = decoder.logits(hidden_RD)
     if shaped:
-      return logits_RV, new_caches
-    seed_R, *rest = sampling
-    sampled = sampling_lib.sample(
-      logits_RV, seed_R, start_R + length_R, *rest, filtered=filtered
+      return logits_RV[: len(last_R)], new_caches
+    end_R = join([rows.start_R + rows.length_R for rows in both])
+    seed_R, end_R, *rest = (
+      jnp.pad(x, (0, padding)) for x in (draw.seed_R, end_R, *draw[1:])
     )
-    return sampled, new_caches
+    sampled = sampling_lib.sample(
+      logits_RV, seed_R, end_R, *rest, filtered=filtered
+    )
+    return tuple(x[: len(last_R)] for x in sampled), new_caches
 
   def _sample_fn(self, logits_RV, shapes, row_args, *, filtered, tops):
     self.compilations += 1
@@ -289,33 +339,10 @@ class Runner:
     )
 
 
-def _write(
-  cache_SKWC: jnp.ndarray,
-  x_RCKC: jnp.ndarray,
-  slot_R: jnp.ndarray,
-  write_RC: jnp.ndarray,
-) -> jnp.ndarray:
-  """Puts new keys or values at (slot, position); past the end is dropped."""
-  return cache_SKWC.at[slot_R[:, None], :, write_RC].set(
-    x_RCKC.astype(cache_SKWC.dtype), mode="drop"
-  )
-
-
-def _cached_attention(
-  q: jnp.ndarray,
-  k_RKWC: jnp.ndarray,
-  v_RKWC: jnp.ndarray,
-  position_RC: jnp.ndarray,
-) -> jnp.ndarray:
-  """Attention of new tokens [R, C, H, ch] over cache rows [R, K, W, ch]."""
-  rows, width, _, channels = q.shape
-  kv_heads, context = k_RKWC.shape[1:3]
-  q = q.reshape(rows, width, kv_heads, -1, channels).swapaxes(1, 2)
-  scores = jnp.einsum(
-    "rktgc,rkwc->rktgw", q, k_RKWC, preferred_element_type=jnp.float32
-  ) * (channels**-0.5)
-  visible = jnp.arange(context)[None, None] <= position_RC[:, :, None]
-  scores = jnp.where(visible[:, None, :, None], scores, -jnp.inf)
-  probs = jax.nn.softmax(scores, axis=-1).astype(v_RKWC.dtype)
-  o = jnp.einsum("rktgw,rkwc->rktgc", probs, v_RKWC)
-  return o.swapaxes(1, 2).reshape(rows, width, -1, channels)
+def _draw(rows: Sequence[Row], place: Sequence[int], size: int) -> _Draw:
+  seed, top_k = np.zeros(size, np.uint32), np.zeros(size, np.int32)
+  temperature, top_p, min_p = np.zeros((3, size), np.float32)
+  for i, row in zip(place, rows, strict=True):
+    seed[i], top_k[i] = row.seed, row.top_k
+    temperature[i], top_p[i], min_p[i] = row.temperature, row.top_p, row.min_p
+  return _Draw(seed, temperature, top_k, top_p, min_p)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from forge_jax import errors, types
-from forge_jax.engine import api, engine
+from forge_jax.engine import api, config, engine
 from forge_jax.model import config as model_config
 from forge_jax.model import decoder as decoder_lib
 from forge_jax.model import published
@@ -23,7 +23,7 @@ MODEL = model_config.ModelConfig(
   mlp_width=48,
   max_context=128,
 )
-CONFIG = engine.EngineConfig(
+CONFIG = config.EngineConfig(
   slots=8, context=64, decode_rows=(8,), prefill_rows=(4,), prefill_chunk=16
 )
 

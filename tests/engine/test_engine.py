@@ -1,6 +1,7 @@
 """The built-in engine end to end, on a tiny random model."""
 
 import asyncio
+import dataclasses
 import time
 
 from flax import nnx
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from forge_jax import errors, types
-from forge_jax.engine import api, engine
+from forge_jax.engine import api, config, engine
 from forge_jax.model import config as model_config
 from forge_jax.model import decoder as decoder_lib
 
@@ -24,7 +25,7 @@ MODEL = model_config.ModelConfig(
   mlp_width=48,
   max_context=128,
 )
-CONFIG = engine.EngineConfig(
+CONFIG = config.EngineConfig(
   slots=8,
   context=64,
   decode_rows=(2, 8),
@@ -222,7 +223,7 @@ async def test_a_failed_step_is_an_error_to_every_caller(running, monkeypatch):
   def explode(*_):
     raise RuntimeError("device on fire")
 
-  monkeypatch.setattr(running._runner, "extend", explode)
+  monkeypatch.setattr(running._runner, "run", explode)
   with pytest.raises(errors.EngineError, match="device on fire"):
     await collect(running, request("a", [1, 2]))
   with pytest.raises(errors.EngineError, match="device on fire"):
@@ -233,7 +234,7 @@ def test_sizes_that_do_not_fit_are_refused():
   with pytest.raises(errors.ConfigError, match=r"200 exceeds .* 128"):
     engine.JaxEngine(
       decoder(),
-      engine.EngineConfig(
+      config.EngineConfig(
         slots=8, context=200, decode_rows=(8,), prefill_rows=(4,)
       ),
     )
@@ -241,10 +242,156 @@ def test_sizes_that_do_not_fit_are_refused():
     ({"decode_rows": (4,)}, "decode_rows"),
     ({"decode_rows": (8, 8)}, "decode_rows"),
     ({"prefill_rows": ()}, "prefill_rows"),
-    ({"prefill_rows": (9,)}, "prefill_rows"),
+    ({"cache_tokens": 63}, "cache_tokens=63"),
+    ({"page": 0}, "page=0"),
+    ({"on_update": "drop"}, "on_update='drop'"),
   ):
     sizes = {"slots": 8, "context": 64, "decode_rows": (8,)}
     with pytest.raises(errors.ConfigError, match=name):
       engine.JaxEngine(
-        decoder(), engine.EngineConfig(**({"prefill_rows": (4,)} | sizes | bad))
+        decoder(), config.EngineConfig(**({"prefill_rows": (4,)} | sizes | bad))
       )
+
+
+def made_with(**changes):
+  made = engine.JaxEngine(
+    decoder(), dataclasses.replace(CONFIG, **changes), decode_text=str
+  )
+  made.start()
+  return made
+
+
+async def test_a_row_is_the_same_to_the_last_bit_in_any_company():
+  # The widths and step shapes of the demo: other products may go other ways.
+  model = dataclasses.replace(
+    MODEL,
+    width=576,
+    num_heads=9,
+    num_kv_heads=3,
+    head_dim=64,
+    mlp_width=1536,
+    vocab_size=512,
+  )
+  made = engine.JaxEngine(
+    decoder_lib.Decoder(model, rngs=nnx.Rngs(params=0)),
+    config.EngineConfig(
+      slots=64,
+      context=64,
+      decode_rows=(64,),
+      prefill_rows=(4, 16),
+      prefill_patience=1,
+      least_tokens=64,
+    ),
+  )
+  made.start()
+  try:
+    [prompt] = prompts(1)
+    alone = await collect(made, request("alone", prompt, seed=5))
+    made.flush_cache()
+    others = [request(f"o{i}", p) for i, p in enumerate(prompts(30, seed=1))]
+    crowd = await asyncio.gather(
+      *(collect(made, r) for r in [*others, request("x", prompt, seed=5)])
+    )
+    again = await collect(made, request("cached", prompt, seed=5))
+    assert crowd[-1] == alone == again
+  finally:
+    made.stop()
+
+
+@pytest.mark.parametrize("host_tokens", [0, 512])
+async def test_few_pages_preempt_and_stay_exact(host_tokens):
+  made = made_with(page=8, cache_tokens=96, host_cache_tokens=host_tokens)
+  try:
+    some = prompts(6, length=20)
+    outs = await asyncio.gather(
+      *(
+        collect(made, request(str(i), p, seed=i, max_tokens=30))
+        for i, p in enumerate(some)
+      )
+    )
+    stats = made.stats()
+    assert stats["preempted"] > 0 and stats["evicted_pages"] > 0
+    assert (stats["loaded_pages"] > 0) == (host_tokens > 0)
+    for prompt, (ids, logprobs, _, reason) in zip(some, outs, strict=True):
+      assert len(ids) == 30 and reason == types.StopReason.LENGTH
+      np.testing.assert_allclose(
+        logprobs, dense_logprobs(decoder(), prompt, ids), atol=2e-5
+      )
+  finally:
+    made.stop()
+
+
+@pytest.mark.parametrize("policy", ["keep", "recompute"])
+async def test_running_requests_keep_or_recompute_their_cache(policy):
+  made = made_with(on_update=policy, decode_steps=1)
+  try:
+    [prompt] = prompts(1)
+    new = decoder(seed=1)
+    ids, logprobs, versions = [], [], []
+    async for chunk in made.generate(request("long", prompt, max_tokens=40)):
+      ids += chunk.token_ids
+      logprobs += chunk.logprobs
+      versions += chunk.versions
+      if len(ids) == 3:
+        made.update_weights(types.WeightsVersion(1, params=nnx.state(new)))
+    first = versions.index(1)
+    fresh = dense_logprobs(new, prompt, ids)[first:]
+    same = np.allclose(logprobs[first:], fresh, atol=2e-5)
+    assert same == (policy == "recompute")
+    assert len(ids) == 40 and versions == sorted(versions)
+  finally:
+    made.stop()
+
+
+async def test_a_response_that_is_certain_for_long_is_cut_off():
+  made = made_with(early_stop_tokens=5, early_stop_probability=0.5)
+  try:
+    [prompt] = prompts(1)
+    # Only the likeliest token is left: each has probability one.
+    ids, _, _, reason = await collect(made, request("a", prompt, top_k=1))
+    assert len(ids) == 5 and reason == types.StopReason.LENGTH
+    many = await collect(made, request("b", prompt, temperature=50.0))
+    assert len(many[0]) == 10
+  finally:
+    made.stop()
+
+
+async def test_a_full_queue_refuses_and_lives_on():
+  made = made_with(most_waiting=2)
+  try:
+    made.pause()
+    waiting = [
+      asyncio.create_task(collect(made, request(str(i), p)))
+      for i, p in enumerate(prompts(2))
+    ]
+    await asyncio.sleep(0.05)
+    with pytest.raises(errors.EngineBusyError, match="2 requests are waiting"):
+      await collect(made, request("more", [1, 2]))
+    made.resume()
+    assert [len(ids) for ids, *_ in await asyncio.gather(*waiting)] == [10, 10]
+  finally:
+    made.stop()
+
+
+async def test_swaps_under_load_drop_nothing_and_compile_nothing(running):
+  compiled = running.compilations
+  states = [nnx.state(decoder(seed)) for seed in (1, 2)]
+  tasks = [
+    asyncio.create_task(
+      collect(running, request(str(i), p, seed=i, max_tokens=40))
+    )
+    for i, p in enumerate(prompts(24, length=20))
+  ]
+  swaps = 0
+  while not all(task.done() for task in tasks):
+    swaps += 1
+    await asyncio.to_thread(
+      running.update_weights,
+      types.WeightsVersion(swaps, params=states[swaps % 2]),
+    )
+    await asyncio.sleep(0)
+  outs = await asyncio.gather(*tasks)
+  assert swaps > 3 and running.compilations == compiled
+  for ids, _, versions, reason in outs:
+    assert len(ids) == 40 and reason == types.StopReason.LENGTH
+    assert versions == sorted(versions)

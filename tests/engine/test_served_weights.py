@@ -11,7 +11,7 @@ import pytest
 import pytest_asyncio
 
 from forge_jax import errors, types
-from forge_jax.engine import engine
+from forge_jax.engine import config, engine
 from forge_jax.model import config as model_config
 from forge_jax.model import decoder as decoder_lib
 from forge_jax.model import published
@@ -26,7 +26,7 @@ MODEL = model_config.ModelConfig(
   mlp_width=48,
   max_context=128,
 )
-CONFIG = engine.EngineConfig(
+CONFIG = config.EngineConfig(
   slots=8, context=128, decode_rows=(8,), prefill_rows=(4,), prefill_chunk=16
 )
 

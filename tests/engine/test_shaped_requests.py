@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from forge_jax import errors, types
-from forge_jax.engine import api, engine, grammar
+from forge_jax.engine import api, config, engine, grammar
 from forge_jax.model import decoder as decoder_lib
 
 STOP = 256
@@ -42,7 +42,7 @@ def grammars(byte_tokenizer):
 def running(byte_tokenizer, byte_decoder, grammars):
   made = engine.JaxEngine(
     byte_decoder,
-    engine.EngineConfig(
+    config.EngineConfig(
       slots=8,
       context=256,
       decode_rows=(8,),
@@ -234,7 +234,7 @@ async def test_a_grammar_that_fails_on_the_way_ends_its_request_only(
 def test_a_grammar_needs_a_tokenizer(byte_decoder):
   made = engine.JaxEngine(
     byte_decoder,
-    engine.EngineConfig(
+    config.EngineConfig(
       slots=2, context=64, decode_rows=(2,), prefill_rows=(2,)
     ),
   )

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from forge_jax import errors, types
-from forge_jax.engine import api, engine
+from forge_jax.engine import api, config, engine
 from forge_jax.model import decoder as decoder_lib
 from forge_jax.model import mtp, sharding
 from forge_jax.trainer import update
@@ -79,7 +79,7 @@ def test_rematerialisation_changes_no_gradient(remat):
 def test_engine_and_trainer_agree_on_logprobs():
   made = engine.JaxEngine(
     tiny.decoder(),
-    engine.EngineConfig(
+    config.EngineConfig(
       slots=4, context=64, decode_rows=(4,), prefill_rows=(4,)
     ),
   )

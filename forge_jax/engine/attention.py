@@ -1,0 +1,167 @@
+"""Attention of a step's new tokens over paged keys and values.
+
+One function, `attend`, behind which are XLA (any platform) and, on a TPU, the
+ragged paged attention kernel of `jax.experimental.pallas` (see
+`pallas_paged.py`). A step's T tokens are D decoding rows of one token each,
+then B blocks of W tokens of a sequence each, then padding.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from forge_jax import errors
+from forge_jax.engine import pallas_paged
+
+KINDS = ("xla", "pallas_tpu")
+Cache = tuple[jax.Array, ...]  # of one layer
+
+
+class Rows(NamedTuple):
+  """Sequences of one width, and where their tokens go."""
+
+  token_RW: jax.Array  # int32
+  start_R: jax.Array  # int32, position of the first
+  length_R: jax.Array  # int32, how many of the W are tokens
+  table_RN: jax.Array  # int32, pages of the sequence; 0 past its end
+
+  @property
+  def position_RW(self) -> jax.Array:
+    """Positions of the tokens, int32."""
+    return self.start_R[:, None] + jnp.arange(self.token_RW.shape[1])[None]
+
+  def places(self, page: int, nowhere: int) -> tuple[jax.Array, jax.Array]:
+    """Page and offset of each token [R * W]; `nowhere` where it is padding."""
+    at_RW = self.position_RW
+    index_RW = jnp.minimum(at_RW // page, self.table_RN.shape[1] - 1)
+    page_RW = jnp.take_along_axis(self.table_RN, index_RW, axis=1)
+    real_RW = jnp.arange(at_RW.shape[1])[None] < self.length_R[:, None]
+    page_RW = jnp.where(real_RW, page_RW, nowhere)
+    return page_RW.reshape(-1), (at_RW % page).reshape(-1)
+
+
+def choose(platform: str, kind: str = "auto") -> str:
+  """The kind of attention for a platform.
+
+  Raises:
+    ConfigError: an unknown kind.
+  """
+  if kind == "auto":
+    return "pallas_tpu" if platform == "tpu" else "xla"
+  if kind not in KINDS:
+    raise errors.ConfigError(
+      f"attention={kind!r} is unknown; expected auto or one of {KINDS}"
+    )
+  return kind
+
+
+def cache_shapes(
+  kind: str, pages: int, page: int, kv_heads: int, channels: int
+) -> tuple[tuple[int, ...], ...]:
+  """Shapes of the arrays of one layer's cache; pages come first."""
+  if kind == "pallas_tpu":
+    return (pallas_paged.cache_shape(pages, page, kv_heads, channels),)
+  return ((pages, kv_heads, page, channels),) * 2
+
+
+def write(
+  kind: str,
+  cache: Cache,
+  k_TKC: jax.Array,
+  v_TKC: jax.Array,
+  page_T: jax.Array,
+  offset_T: jax.Array,
+) -> Cache:
+  """Puts new keys and values at (page, offset); past the pages is dropped."""
+  if kind == "pallas_tpu":
+    return (pallas_paged.write(cache[0], k_TKC, v_TKC, page_T, offset_T),)
+  return tuple(
+    buffer.at[page_T, :, offset_T].set(x.astype(buffer.dtype), mode="drop")
+    for buffer, x in zip(cache, (k_TKC, v_TKC), strict=True)
+  )
+
+
+def attend(
+  kind: str, q_THC: jax.Array, cache: Cache, decode: Rows, blocks: Rows
+) -> jax.Array:
+  """Each token's attention over its sequence up to itself.
+
+  Args:
+    kind: one of `KINDS`.
+    q_THC: queries: of `decode`, of `blocks`, of padding.
+    cache: where the keys and values of these tokens are already.
+    decode: D rows of one token.
+    blocks: B rows of W tokens.
+
+  Returns:
+    [T, H, C]; zeros for padding.
+  """
+  if kind == "pallas_tpu":
+    return pallas_paged.attend(q_THC, cache[0], decode, blocks)
+  outs, start = [], 0
+  for rows in (decode, blocks):
+    count = rows.token_RW.size
+    if count:
+      q = q_THC[start : start + count]
+      q = q.reshape(*rows.token_RW.shape, *q.shape[1:])
+      outs.append(_by_pages(q, *cache, rows).reshape(count, *q_THC.shape[1:]))
+      start += count
+  outs.append(jnp.zeros_like(q_THC[start:]))
+  return jnp.concatenate(outs)
+
+
+def _by_pages(
+  q_RWHC: jax.Array, k_PKSC: jax.Array, v_PKSC: jax.Array, rows: Rows
+) -> jax.Array:
+  """Online softmax over the sequences' pages, one of each at a time.
+
+  A page that a sequence does not have adds exactly nothing, so a row's result
+  does not depend on how long the others are. A page of every row at once stays
+  in the processor's cache, so memory is read once; gathering all pages first
+  costs seven times as much on a CPU.
+  """
+  R, W, H, C = q_RWHC.shape
+  _, K, S, _ = k_PKSC.shape
+  wide = jnp.promote_types(q_RWHC.dtype, jnp.float32)
+  q = q_RWHC.reshape(R, W, K, H // K, C).transpose(0, 2, 1, 3, 4)
+  q = q.reshape(R, K, -1, C) * jnp.asarray(C**-0.5, q_RWHC.dtype)
+  # Each query's position, in the order of q's rows.
+  at_RG = jnp.repeat(rows.position_RW, H // K, axis=1)
+  one_token = W == 1
+
+  def body(n, state):
+    peak, total, o = state
+    page_R = jax.lax.dynamic_index_in_dim(rows.table_RN, n, 1, keepdims=False)
+    k, v = (x.at[page_R].get(mode="clip") for x in (k_PKSC, v_PKSC))
+    if one_token:  # products of so few rows are faster as sums
+      scores = (q[:, :, :, None] * k[:, :, None]).sum(-1, dtype=wide)
+    else:
+      scores = jnp.einsum("rkgc,rksc->rkgs", q, k, preferred_element_type=wide)
+    seen = (n * S + jnp.arange(S))[None, None] <= at_RG[:, :, None]
+    scores = jnp.where(seen[:, None], scores, -jnp.inf)
+    new_peak = jnp.maximum(peak, scores.max(-1))
+    mass = jnp.exp(scores - new_peak[..., None])
+    keep = jnp.exp(peak - new_peak)
+    if one_token:
+      part = (mass[..., None] * v[:, :, None].astype(wide)).sum(-2)
+    else:
+      part = jnp.einsum(
+        "rkgs,rksc->rkgc", mass.astype(v.dtype), v, preferred_element_type=wide
+      )
+    return new_peak, total * keep + mass.sum(-1), o * keep[..., None] + part
+
+  shape = q.shape[:-1]
+  lowest = jnp.finfo(wide).min
+  state = (
+    jnp.full(shape, lowest, wide),
+    jnp.zeros(shape, wide),
+    jnp.zeros(q.shape, wide),
+  )
+  last_R = rows.start_R + rows.length_R
+  count = (jnp.maximum(last_R.max(), 1) + S - 1) // S
+  _, total, o = jax.lax.fori_loop(0, count, body, state)
+  # Padding of a block may be past every page that was looped over: no mass.
+  o = o / jnp.where(total == 0, 1, total)[..., None]
+  o = o.reshape(R, K, W, H // K, C).transpose(0, 2, 1, 3, 4)
+  return o.reshape(R, W, H, C).astype(q_RWHC.dtype)

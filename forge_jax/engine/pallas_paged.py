@@ -1,0 +1,62 @@
+"""Paged attention on a TPU: JAX's ragged paged attention kernel.
+
+The kernel keeps keys and values of a page in one array, heads interleaved, and
+wants channels in multiples of 128: narrower heads are padded with zeros, which
+change no score and no output.
+"""
+
+import jax
+from jax.experimental.pallas.ops.tpu import ragged_paged_attention as ragged
+import jax.numpy as jnp
+
+_LANES = 128
+
+
+def cache_shape(
+  pages: int, page: int, kv_heads: int, channels: int
+) -> tuple[int, ...]:
+  """[P, S, 2 K, C], channels rounded up."""
+  return pages, page, 2 * kv_heads, -(-channels // _LANES) * _LANES
+
+
+def write(
+  cache: jax.Array,
+  k_TKC: jax.Array,
+  v_TKC: jax.Array,
+  page_T: jax.Array,
+  offset_T: jax.Array,
+) -> jax.Array:
+  """Puts new keys and values at (page, offset); past the pages is dropped."""
+  both = jnp.stack([k_TKC, v_TKC], axis=2)  # K then V of each head
+  both = both.reshape(len(k_TKC), -1, k_TKC.shape[-1])
+  both = _widen(both, cache.shape[-1]).astype(cache.dtype)
+  return cache.at[page_T, offset_T].set(both, mode="drop")
+
+
+def attend(q_THC: jax.Array, cache: jax.Array, decode, blocks) -> jax.Array:
+  """See `attention.attend`."""
+  size_D, (size_B, width) = len(decode.start_R), blocks.token_RW.shape
+  ends = [
+    jnp.arange(size_D + 1),
+    size_D + width * jnp.arange(1, size_B + 1),
+  ]
+  count = size_D + size_B * width
+  # A block counts as whole: what its padding sees is of no account, and each
+  # token of it is then at its own position.
+  filled = [decode.start_R + 1, blocks.start_R + width]
+  o = ragged.ragged_paged_attention(
+    _widen(q_THC[:count], cache.shape[-1]),
+    cache,
+    jnp.concatenate(filled).astype(jnp.int32),
+    jnp.concatenate([decode.table_RN, blocks.table_RN]),
+    jnp.concatenate(ends).astype(jnp.int32),
+    jnp.array([size_D + size_B], jnp.int32),
+    sm_scale=q_THC.shape[-1] ** -0.5,
+  )
+  o = o[..., : q_THC.shape[-1]].astype(q_THC.dtype)
+  return jnp.concatenate([o, jnp.zeros_like(q_THC[count:])])
+
+
+def _widen(x: jax.Array, channels: int) -> jax.Array:
+  padding = [(0, 0)] * (x.ndim - 1) + [(0, channels - x.shape[-1])]
+  return jnp.pad(x, padding)
