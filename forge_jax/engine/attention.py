@@ -83,7 +83,12 @@ def write(
 
 
 def attend(
-  kind: str, q_THC: jax.Array, cache: Cache, decode: Rows, blocks: Rows
+  kind: str,
+  q_THC: jax.Array,
+  cache: Cache,
+  kv_heads: int,
+  decode: Rows,
+  blocks: Rows,
 ) -> jax.Array:
   """Each token's attention over its sequence up to itself.
 
@@ -91,6 +96,7 @@ def attend(
     kind: one of `KINDS`.
     q_THC: queries: of `decode`, of `blocks`, of padding.
     cache: where the keys and values of these tokens are already.
+    kv_heads: K.
     decode: D rows of one token.
     blocks: B rows of W tokens.
 
@@ -98,7 +104,7 @@ def attend(
     [T, H, C]; zeros for padding.
   """
   if kind == "pallas_tpu":
-    return pallas_paged.attend(q_THC, cache[0], decode, blocks)
+    return pallas_paged.attend(q_THC, cache[0], kv_heads, decode, blocks)
   outs, start = [], 0
   for rows in (decode, blocks):
     count = rows.token_RW.size

@@ -308,7 +308,8 @@ class Runner:
       def attend(q, k, v):
         cache_now = attention.write(kind, cache, k, v, page_T, offset_T)
         new_caches.append(cache_now)
-        return attention.attend(kind, q, cache_now, rows_D, rows_B)
+        heads = k.shape[-2]
+        return attention.attend(kind, q, cache_now, heads, rows_D, rows_B)
 
       return attend
 

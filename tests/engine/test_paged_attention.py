@@ -59,8 +59,8 @@ def test_xla_is_dense_attention_over_each_sequence():
     [tables[3], tables[3], tables[4]], [20, 25, 10], [5, 5, 3], WIDTH
   )
   q = jax.random.normal(jax.random.key(9), (3 + 15 + 2, HEADS, CHANNELS))
-  o = jax.jit(attention.attend, static_argnums=0)(
-    "xla", q, cache, decode, blocks
+  o = jax.jit(attention.attend, static_argnums=(0, 3))(
+    "xla", q, cache, KV_HEADS, decode, blocks
   )
   checks = [
     *((i, i, start) for i, start in enumerate([0, 7, 18])),
@@ -78,9 +78,13 @@ def test_a_row_is_the_same_bits_beside_longer_ones():
   cache, _, tables = sequences("xla", (5, 40))
   q = jax.random.normal(jax.random.key(9), (2, HEADS, CHANNELS))
   none = rows([], [], [], WIDTH)
-  run = jax.jit(attention.attend, static_argnums=0)
-  beside = run("xla", q, cache, rows(tables, [4, 39], [1, 1], 1), none)
-  short = run("xla", q, cache, rows([tables[0]] * 2, [4, 4], [1, 1], 1), none)
+  run = jax.jit(attention.attend, static_argnums=(0, 3))
+  beside = run(
+    "xla", q, cache, KV_HEADS, rows(tables, [4, 39], [1, 1], 1), none
+  )
+  short = run(
+    "xla", q, cache, KV_HEADS, rows([tables[0]] * 2, [4, 4], [1, 1], 1), none
+  )
   np.testing.assert_array_equal(beside[0], short[0])
 
 

@@ -120,7 +120,7 @@ def act(simulation, kind, value):
 @hypothesis.given(ACTIONS)
 @hypothesis.settings(max_examples=150, deadline=None)
 def test_it_finds_what_a_naive_cache_finds(actions):
-  simulation, naive, current = Simulation(), naive_cache.NaiveCache(), []
+  simulation, naive, stale = Simulation(), naive_cache.NaiveCache(), []
   for kind, value in actions:
     if kind == "start":
       expected = naive.shared(value)
@@ -130,9 +130,9 @@ def test_it_finds_what_a_naive_cache_finds(actions):
       assert simulation.reused == expected
     if kind == "forget":
       naive.forget()
-      current = [id(tokens) for _, tokens in simulation.live]
-    for _, tokens in simulation.live:
-      if id(tokens) not in current:  # those before a forget match no more
+      stale = [lease for lease, _ in simulation.live]
+    for lease, tokens in simulation.live:
+      if lease not in stale:  # those before a forget match no more
         naive.commit(tokens)
     simulation.check_pages()
 
