@@ -8,7 +8,7 @@ import pytest
 import pytest_asyncio
 from tokenizers import AddedToken
 
-from forge_jax.engine import scripted
+from forge_jax.engine import grammar, scripted
 from forge_jax.gateway import client as gateway_client
 from forge_jax.gateway import scripted as gateway_scripted
 from forge_jax.gateway import server
@@ -57,7 +57,11 @@ class Harness:
     self.requests = []
     self.replies = []
     self.engine = engine or scripted.ScriptedEngine(
-      self._reply, delay=delay, max_context=max_context, decode=self.text
+      self._reply,
+      delay=delay,
+      max_context=max_context,
+      decode=self.text,
+      follows=grammar.Grammars(tokenizer, len(tokenizer)).follows,
     )
     self.gateway = server.Gateway(
       self.engine, tokenizer, server.GatewayConfig(**config)
