@@ -33,6 +33,7 @@ import contextlib
 import json
 import os
 import pathlib
+import secrets
 import subprocess
 import sys
 import tempfile
@@ -128,13 +129,18 @@ def litellm(upstream: str, workers: int) -> Iterator[Process]:
     "litellm_settings": {"telemetry": False},
   }
   port = 23_000 + os.getpid() % 10_000
+  key = f"sk-{secrets.token_hex(16)}"  # it does not start without one
   with tempfile.TemporaryDirectory() as folder:
     path = pathlib.Path(folder, "config.yaml")
     path.write_text(json.dumps(config))  # JSON is YAML
     command = [f"{_LITELLM.value}/bin/litellm", "--config", str(path)]
     command += ["--host", "127.0.0.1", "--port", str(port)]
     command += ["--num_workers", str(workers)]
-    environment = os.environ | {"LITELLM_LOG": "ERROR", "NO_PROXY": "*"}
+    environment = os.environ | {
+      "LITELLM_LOG": "ERROR",
+      "LITELLM_MASTER_KEY": key,
+      "NO_PROXY": "*",
+    }
     with (
       open(pathlib.Path(folder, "log"), "w") as log,
       subprocess.Popen(
@@ -142,7 +148,7 @@ def litellm(upstream: str, workers: int) -> Iterator[Process]:
       ) as process,
     ):
       try:
-        yield Process(process, f"http://127.0.0.1:{port}")
+        yield Process(process, f"http://127.0.0.1:{port}", key)
       finally:
         process.terminate()
         process.wait(30)
@@ -201,12 +207,12 @@ async def beside() -> tuple[float, float]:
         await load.ready(proxy.url + "/health/liveliness", 120)
         warm = load.Tally()
         await load.play_conversations(
-          proxy.url, "none", load.SMALL, _AGENTS, 3, warm
+          proxy.url, proxy.token, load.SMALL, _AGENTS, 3, warm
         )
         tally = load.Tally()
         with measured(f"LiteLLM, {workers} workers, 2 kB", proxy, tally):
           await load.play_conversations(
-            proxy.url, "none", load.SMALL, _AGENTS, seconds, tally
+            proxy.url, proxy.token, load.SMALL, _AGENTS, seconds, tally
           )
         rates.append(tally.served / seconds)
     with gateway(upstream.url) as served:
