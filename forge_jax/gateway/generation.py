@@ -164,6 +164,7 @@ class Generation:
         id=plan.request_id,
         prompt_ids=tuple(plan.prompt_ids),
         sampling=self._sampling(self._engine.max_context),
+        session=self._session.id,
       )
     )
     try:

@@ -214,6 +214,8 @@ async def test_keys_separate_sessions(start, smollm2):
   path = f"/s/{one.api_key}/v1/chat/completions"
   status, _ = await h.post(None, {"messages": [user("other")]}, path)
   assert status == 200
+  # The engine is told whose requests they are, to be fair between sessions.
+  assert [r.session for r in h.requests] == ["one/1", "two", "one/1"]
   completions, _ = await h.admin.close_session("one/1")
   assert len(completions) == 2
   wrong = gateway_client.SessionKeys("forge-two-guess", two.base_url, "")
