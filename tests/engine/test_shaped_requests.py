@@ -175,7 +175,12 @@ async def test_plain_neighbours_are_the_same_and_nothing_recompiles(running):
     beside = await asyncio.gather(
       *(collect(running, one) for one in (*again, *mixed))
     )
-    assert beside[:3] == alone
+    # To rounding: the others are computed with other matrices.
+    for (tokens, logprobs, *rest), (want, expected, *others) in zip(
+      beside[:3], alone, strict=True
+    ):
+      assert (tokens, rest) == (want, others)
+      assert logprobs == pytest.approx(expected, abs=1e-4)
   assert running.compilations == before
   await asyncio.gather(*(collect(running, one) for one in plain))
   assert running.compilations == before
