@@ -46,9 +46,10 @@ def live(
   queue_lib.GroupQueue.commit = commit_and_count
   values = small_run.values(model) | {"steps": steps}
   values["checkpoint"] |= {"every": 2}
-  # One shape of each step of the engine: else a token's last bit depends on
-  # how many others are sampled beside it, which a restart changes.
+  # Steps of the engine of one size: else a token's last bit depends on what
+  # is computed beside it, which a restart changes.
   values["engine"] |= {"slots": 16, "decode_rows": (16,), "prefill_rows": (16,)}
+  values["engine"] |= {"least_tokens": 16 + 16 * 16}
   values["eval"] |= {"heldout": 1, "phrasings": 1, "every": 0}
   local.LocalRun(values, workdir).train()
 
