@@ -1,10 +1,11 @@
 """How the pictures of the documents look, and how they become files."""
 
+from collections.abc import Callable, Mapping, Sequence
 import io
 import pathlib
 import re
 
-from absl import flags
+from absl import app, flags
 import matplotlib as mpl
 from matplotlib import axes, figure
 
@@ -56,3 +57,15 @@ def write(name: str, picture: figure.Figure) -> None:
   path = folder / f"{name}.svg"
   path.write_text(svg(name, picture), encoding="utf-8")
   print(path)
+
+
+def run(pictures: Mapping[str, Callable[[], figure.Figure]]) -> None:
+  """The main of a program that draws pictures, by their names."""
+
+  def main(argv: Sequence[str]) -> None:
+    if len(argv) > 1:
+      raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    for name, draw in pictures.items():
+      write(name, draw())
+
+  app.run(main)

@@ -13,7 +13,6 @@ The forests come from `tree.merge`, the visited blocks from `tree.layout`.
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 
-from absl import app
 from matplotlib import axes, collections, figure, patches
 import numpy as np
 
@@ -339,12 +338,5 @@ PICTURES: Mapping[str, Callable[[], figure.Figure]] = {
 }
 
 
-def main(argv: Sequence[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-  for name, draw in PICTURES.items():
-    drawing.write(name, draw())
-
-
 if __name__ == "__main__":
-  app.run(main)
+  drawing.run(PICTURES)

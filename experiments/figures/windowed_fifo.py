@@ -10,10 +10,9 @@ The states come from `pool.windowed_fifo`. What the simulator measures is drawn
 by `python -m experiments.windowed_fifo --folder=docs/images`.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 import dataclasses
 
-from absl import app
 from matplotlib import axes, figure, patches
 import numpy as np
 
@@ -267,12 +266,5 @@ PICTURES: Mapping[str, Callable[[], figure.Figure]] = {
 }
 
 
-def main(argv: Sequence[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-  for name, draw in PICTURES.items():
-    drawing.write(name, draw())
-
-
 if __name__ == "__main__":
-  app.run(main)
+  drawing.run(PICTURES)

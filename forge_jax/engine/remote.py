@@ -7,6 +7,7 @@ Invariants:
   2. Whatever ends a request early, its server is told.
 """
 
+import abc
 import asyncio
 from collections.abc import AsyncIterator, Iterator
 import contextlib
@@ -38,7 +39,7 @@ class RemoteConfig:
   silence: float = 1800.0  # most seconds without a part of a reply
 
 
-class RemoteEngine:
+class RemoteEngine(abc.ABC):
   """The part of an `engine.api.Engine` that is HTTP; used from one loop."""
 
   def __init__(self, config: RemoteConfig):
@@ -137,22 +138,26 @@ class RemoteEngine:
       "version": self._version,
     }
 
+  @abc.abstractmethod
   async def _learn(self) -> None:
     """Sets what a server tells of itself, `_max_context` at least."""
-    raise NotImplementedError
 
+  @abc.abstractmethod
   def _check(self, request: api.GenerateRequest) -> None:
     """Raises EngineError for what the server cannot do."""
-    raise NotImplementedError
 
+  @abc.abstractmethod
   def _chunks(
     self, request: api.GenerateRequest, rid: str
   ) -> AsyncIterator[api.TokenChunk]:
     """The chunks of one attempt at a request, under a name of its own."""
-    raise NotImplementedError
 
   async def _abandon(self, rid: str) -> None:
-    """Tells the server that nobody waits for an attempt any more."""
+    """Tells the server that nobody waits for an attempt any more.
+
+    To be overridden where a server can be told.
+    """
+    del rid
 
   async def _fetch(
     self, request: api.GenerateRequest, arrived: asyncio.Queue

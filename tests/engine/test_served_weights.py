@@ -9,23 +9,13 @@ from flax import nnx
 import numpy as np
 import pytest
 import pytest_asyncio
+from tiny_engine import MODEL
 
 from forge_jax import errors, types
 from forge_jax.engine import config, engine
-from forge_jax.model import config as model_config
 from forge_jax.model import decoder as decoder_lib
 from forge_jax.model import published
 
-MODEL = model_config.ModelConfig(
-  vocab_size=97,
-  width=32,
-  num_layers=2,
-  num_heads=4,
-  num_kv_heads=2,
-  head_dim=8,
-  mlp_width=48,
-  max_context=128,
-)
 CONFIG = config.EngineConfig(
   slots=8, context=128, decode_rows=(8,), prefill_rows=(4,), prefill_chunk=16
 )

@@ -48,6 +48,7 @@ def running(byte_tokenizer, byte_decoder, grammars):
       decode_rows=(8,),
       prefill_rows=(4,),
       prefill_chunk=16,
+      least_tokens=8 + 4 * 16,  # steps of one size: the same to the last bit
     ),
     decode_text=byte_tokenizer.decode,
     grammars=grammars,
@@ -170,17 +171,16 @@ async def test_plain_neighbours_are_the_same_and_nothing_recompiles(running):
     request("m2", top_logprobs=2, max_tokens=30),
   ]
   again = [request(f"q{i}", max_tokens=30, seed=i) for i in range(3)]
-  for _ in range(2):
+  # Which sizes of step a pass meets is a matter of timing. There are few, and a
+  # pass that meets none for the first time compiles nothing.
+  for _ in range(10):
     before = running.compilations
     beside = await asyncio.gather(
       *(collect(running, one) for one in (*again, *mixed))
     )
-    # To rounding: the others are computed with other matrices.
-    for (tokens, logprobs, *rest), (want, expected, *others) in zip(
-      beside[:3], alone, strict=True
-    ):
-      assert (tokens, rest) == (want, others)
-      assert logprobs == pytest.approx(expected, abs=1e-4)
+    assert beside[:3] == alone
+    if running.compilations == before:
+      break
   assert running.compilations == before
   await asyncio.gather(*(collect(running, one) for one in plain))
   assert running.compilations == before
