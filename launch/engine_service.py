@@ -14,12 +14,10 @@ from forge_jax.engine import server as server_lib
 from forge_jax.gateway import tokenizer as tokenizer_lib
 from forge_jax.model import decoder as decoder_lib
 from forge_jax.model import files, published
-from launch import keys
-
-_SECTIONS = ("drain_seconds", "engine", "model", "name", "question", "server")
+from launch import served_engine
 
 
-class EngineService:
+class EngineService(served_engine.ServedEngine):
   """Loads the model when started; see `launch.serving.Server`."""
 
   def __init__(self, values: Mapping[str, Any]):
@@ -28,23 +26,12 @@ class EngineService:
     Raises:
       ConfigError: a key is unknown or missing, or a value cannot work.
     """
-    settings.check_keys(values, _SECTIONS)
+    super().__init__(values, "engine", "model")
     self._model = values["model"]
     self._engine_config = settings.section(
       engine_config.EngineConfig, values["engine"], "engine"
     )
-    self._server_config = settings.section(
-      server_lib.EngineServerConfig,
-      values["server"],
-      "server",
-      api_key=keys.engine_key(),
-    )
     self._engine: engine_lib.JaxEngine | None = None
-    self._server: server_lib.EngineServer | None = None
-
-  @property
-  def url(self) -> str:
-    return self._server.url
 
   async def start(self) -> None:
     """Reads the model, compiles, and listens.
@@ -56,12 +43,8 @@ class EngineService:
     await asyncio.to_thread(self._load)
     await self._server.start()
 
-  async def drain(self, seconds: float) -> None:
-    await self._server.drain(seconds)
-
   async def stop(self) -> None:
-    if self._server is not None:
-      await self._server.stop()
+    await super().stop()
     if self._engine is not None:
       await asyncio.to_thread(self._engine.stop)
 

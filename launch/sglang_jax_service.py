@@ -6,12 +6,10 @@ from typing import Any
 from forge_jax import settings
 from forge_jax.engine import server as server_lib
 from forge_jax.engine import sglang
-from launch import keys
-
-_SECTIONS = ("drain_seconds", "name", "question", "server", "sglang_jax")
+from launch import served_engine
 
 
-class SGLangJaxService:
+class SGLangJaxService(served_engine.ServedEngine):
   """Loads the model when started; see `launch.serving.Server`."""
 
   def __init__(self, values: Mapping[str, Any]):
@@ -20,21 +18,10 @@ class SGLangJaxService:
     Raises:
       ConfigError: a key is unknown or missing, or a value cannot work.
     """
-    settings.check_keys(values, _SECTIONS)
+    super().__init__(values, "sglang_jax")
     self._config = settings.section(
       sglang.SGLangJaxConfig, values["sglang_jax"], "sglang_jax"
     )
-    self._server_config = settings.section(
-      server_lib.EngineServerConfig,
-      values["server"],
-      "server",
-      api_key=keys.engine_key(),
-    )
-    self._server: server_lib.EngineServer | None = None
-
-  @property
-  def url(self) -> str:
-    return self._server.url
 
   async def start(self) -> None:
     """Reads the model, compiles, and listens.
@@ -48,10 +35,3 @@ class SGLangJaxService:
     engine = sglang_jax.SGLangJaxEngine(self._config)
     self._server = server_lib.EngineServer(engine, self._server_config)
     await self._server.start()
-
-  async def drain(self, seconds: float) -> None:
-    await self._server.drain(seconds)
-
-  async def stop(self) -> None:
-    if self._server is not None:
-      await self._server.stop()
