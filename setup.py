@@ -42,7 +42,7 @@ BASE = [
   "safetensors>=0.5",
   "tensorboardX>=2.6",
   "tokenizers>=0.21",
-  "transformers>=5.0",
+  "transformers>=4.55",
 ]
 JAX = [
   "flax>=0.12",
@@ -66,6 +66,9 @@ TEST = [
   "schemathesis>=4.0",
 ]
 WANDB = ["wandb"]
+# An environment of its own: it wants jax 0.8, and with a later flax its models
+# find no mesh (docs/engines.md).
+SGLANG = ["flax==0.12.0", "sglang-jax==0.0.2"]
 
 setuptools.setup(
   name="forge-jax",
@@ -88,6 +91,7 @@ setuptools.setup(
     "cuda": [*JAX, "jax[cuda12]"],
     "cuda13": [*JAX, "jax[cuda13]"],
     "wandb": WANDB,
+    "sglang": SGLANG,
     # Everything that any machine can install: no accelerator, no server.
     "all": [*JAX, *TEST, *WANDB],
   },
