@@ -1,10 +1,14 @@
 """What an agent is: something that talks to an endpoint about a task."""
 
 import dataclasses
+import inspect
 from typing import Protocol
 
 from forge_jax import types
 from forge_jax.tasks import base
+
+# The header of a sub-agent's requests, with its name.
+SUB_AGENT_HEADER = "x-forge-sub-agent"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -15,6 +19,8 @@ class Endpoint:
   api_key: str
   model: str
   max_tokens: int  # most new tokens of one completion
+  # Whose requests these are, as the gateway is told; None: the main agent's.
+  sub_agent: str | None = None
 
 
 class Agent(Protocol):
@@ -27,3 +33,13 @@ class Agent(Protocol):
 
     May raise anything: the rollout host turns it into data on the episode.
     """
+
+
+async def respond(
+  environment: base.Environment, reply: types.Message
+) -> types.Messages | None:
+  """What an environment answers, be it at once or as a coroutine."""
+  observations = environment.respond(reply)
+  if inspect.isawaitable(observations):
+    observations = await observations
+  return observations

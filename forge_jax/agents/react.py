@@ -7,7 +7,6 @@ of the conversation the model is shown is `context`'s.
 
 from collections.abc import Awaitable, Callable
 import dataclasses
-import inspect
 
 import openai
 
@@ -77,9 +76,7 @@ class ReactAgent:
       rest, note = context.take_action(reply)
       observations: types.Messages | None = ()
       if note is None or rest.get("tool_calls"):
-        observations = environment.respond(rest)
-        if inspect.isawaitable(observations):
-          observations = await observations
+        observations = await base.respond(environment, rest)
       if observations is None:
         break
       context.add_observations(observations)
@@ -97,8 +94,11 @@ class ReactAgent:
     context: context_lib.Context,
   ) -> Callable[[types.Messages], Awaitable[tuple[types.Message, int]]]:
     """What gets a reply to messages, and the tokens that both take."""
+    name = endpoint.sub_agent
     client = self._client.with_options(
-      api_key=endpoint.api_key, base_url=endpoint.base_url
+      api_key=endpoint.api_key,
+      base_url=endpoint.base_url,
+      default_headers={} if name is None else {base.SUB_AGENT_HEADER: name},
     )
     tools = [dict(tool) for tool in (*environment.tools, *context.tools)]
 

@@ -12,7 +12,7 @@ import json
 from typing import Protocol
 
 from forge_jax import types
-from forge_jax.agents import base, react, toolbox
+from forge_jax.agents import base, toolbox
 from forge_jax.agents.sandbox import base as sandbox_base
 from forge_jax.tasks import base as tasks_base
 
@@ -38,11 +38,14 @@ class WorkspaceAgent:
 
   def __init__(
     self,
-    agent: react.ReactAgent,
+    agent: base.Agent,
     backend: sandbox_base.Backend,
     config: WorkspaceConfig | None = None,
   ):
-    """Gives an agent tools in sandboxes of a backend."""
+    """Gives an agent tools in sandboxes of a backend.
+
+    The agent is a `react.ReactAgent`, or what is made of such.
+    """
     self._agent = agent
     self._backend = backend
     self._config = config or WorkspaceConfig()

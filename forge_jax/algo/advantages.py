@@ -13,11 +13,20 @@ from forge_jax import errors
 _SMALLEST_STD = 1e-6  # below it, a group's returns are taken to be equal
 
 
-def reward_to_go(rewards_S: np.ndarray, gamma: float) -> np.ndarray:
-  """Returns [S]: G_t = sum over tau >= t of gamma^(tau - t) r_tau."""
+def reward_to_go(
+  rewards_S: np.ndarray, gamma: float | np.ndarray
+) -> np.ndarray:
+  """Returns [S]: G_t = r_t + gamma_t G_(t+1).
+
+  Args:
+    rewards_S: of each step.
+    gamma: discount from a step to the next, the same for all or [S]. With one
+      for all, G_t is the sum over tau >= t of gamma^(tau - t) r_tau.
+  """
   returns_S = np.array(rewards_S, np.float64)
+  gamma_S = np.broadcast_to(gamma, returns_S.shape)
   for t in range(len(returns_S) - 2, -1, -1):
-    returns_S[t] += gamma * returns_S[t + 1]
+    returns_S[t] += gamma_S[t] * returns_S[t + 1]
   return returns_S
 
 

@@ -27,6 +27,7 @@ ID_HEADERS = (
   "thread_id",
   "conversation_id",
   "x-openai-subagent",
+  "x-forge-sub-agent",
   "x-opencode-session",
   "x-session-affinity",
 )

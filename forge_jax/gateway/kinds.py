@@ -1,6 +1,7 @@
 """What an agent wants a completion for, told from what its request holds.
 
 In this order:
+  one that says that it is a sub-agent's (x-forge-sub-agent) is SUB_AGENT;
   a request without tools that asks for a title is TITLE;
   one that asks, at its end or in its system prompt, for a summary of the
     conversation, when something was recorded before, is COMPACTION, as is what
@@ -10,7 +11,8 @@ In this order:
   one that goes on from a completion is of its kind; after a compaction, MAIN;
   one that begins anew, with another system prompt than the main conversation,
     is SUB_AGENT, unless it replays what was recorded: that is a hand-over.
-All else is MAIN. It is a guess, for reports and filters; nothing depends on it.
+All else is MAIN. It is a guess, but for the first, for reports and filters; and for
+credit, where sub-agents get less of it than others.
 """
 
 from collections.abc import Mapping
@@ -63,6 +65,8 @@ class Kinds:
       replays: whether it replays something recorded that it does not extend.
       first: whether nothing was recorded before.
     """
+    if "x-forge-sub-agent" in client_ids:
+      return types.RequestKind.SUB_AGENT
     system, last = _ends(messages)
     if not tools and (_TITLE.search(system) or _TITLE.search(last)):
       return types.RequestKind.TITLE

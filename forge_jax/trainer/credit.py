@@ -3,9 +3,11 @@
 1. A step is a completion. A reward lands on the completion that it names, or
    on the episode's last one; the speed reward lands on the last one.
 2. r_t = alpha * process + beta * speed + perf; process and perf capped per
-   episode. G_t is the reward-to-go.
-3. A_t = G_t - B with B the group's mean return, for every response token of
-   completion t.
+   episode. G_t = r_t + gamma_t G_(t+1) is the reward-to-go, with gamma_t = gamma
+   from a step of the main agent on, and 1 from one of a sub-agent: what
+   sub-agents do lies within one step of the agent that asked for it.
+3. A_t = s_t (G_t - B) with B the group's mean return, for every response token
+   of completion t; s_t = sub_agent_share for a sub-agent's completion, else 1.
 4. Each token weighs one over the response tokens of all the groups given.
 
 Completions whose advantage is exactly 0 add nothing to the gradient: they are
@@ -32,10 +34,17 @@ class CreditConfig:
   divide_by_std: bool = False  # divide advantages by the group's std
   process_cap: float = 1.0  # largest |sum| of process rewards of an episode
   perf_cap: float = 1.0  # largest |sum| of perf rewards of an episode
+  # Of the episode's credit, what a sub-agent's completions get. 1: they share
+  # it in full; 0: none, they are trained as little as a tool is.
+  sub_agent_share: float = 1.0
 
   def __post_init__(self):
     if not 0 <= self.gamma <= 1:
       raise errors.ConfigError(f"credit.gamma={self.gamma} is not in [0, 1]")
+    if not 0 <= self.sub_agent_share <= 1:
+      raise errors.ConfigError(
+        f"credit.sub_agent_share={self.sub_agent_share} is not in [0, 1]"
+      )
     for name in ("process_cap", "perf_cap"):
       if getattr(self, name) < 0:
         raise errors.ConfigError(
@@ -80,7 +89,7 @@ def assign_credit(
   for group in groups:
     group_rewards = _group_rewards(group, config)
     rewards_of += group_rewards
-    advantages_of += _group_advantages(group_rewards, config)
+    advantages_of += _group_advantages(group, group_rewards, config)
   total = sum(len(c.response_ids) for e in episodes for c in e.completions)
   samples = []
   for episode, advantage_S in zip(episodes, advantages_of, strict=True):
@@ -194,14 +203,29 @@ def _component(
 
 
 def _group_advantages(
-  rewards_of: Sequence[np.ndarray], config: CreditConfig
+  group: types.Group, rewards_of: Sequence[np.ndarray], config: CreditConfig
 ) -> list[np.ndarray]:
   """Each episode's advantages [S]."""
-  returns = [advantages.reward_to_go(r, config.gamma) for r in rewards_of]
+  by_sub_agent = [_by_sub_agent(episode) for episode in group.episodes]
+  returns = [
+    advantages.reward_to_go(rewards_S, np.where(sub_S, 1.0, config.gamma))
+    for rewards_S, sub_S in zip(rewards_of, by_sub_agent, strict=True)
+  ]
   start_G = np.array([returns_S[0] for returns_S in returns])
   baseline_G = advantages.group_baseline(start_G, config.leave_one_out)
   scale = advantages.group_scale(start_G) if config.divide_by_std else 1.0
   return [
-    (returns_S - baseline) / scale
-    for returns_S, baseline in zip(returns, baseline_G, strict=True)
+    (returns_S - baseline)
+    / scale
+    * np.where(sub_S, config.sub_agent_share, 1.0)
+    for returns_S, baseline, sub_S in zip(
+      returns, baseline_G, by_sub_agent, strict=True
+    )
   ]
+
+
+def _by_sub_agent(episode: types.Episode) -> np.ndarray:
+  """Whether each step is a sub-agent's; bool [S], S being at least 1."""
+  kinds = [c.request and c.request.kind for c in episode.completions]
+  sub_agent = types.RequestKind.SUB_AGENT
+  return np.array([kind == sub_agent for kind in kinds] or [False])

@@ -86,6 +86,10 @@ def test_sub_agents(told):
   assert tell(told, main, "Review.", ids=ids) == SUB_AGENT
   ids = {"x-openai-subagent": "compact"}
   assert tell(told, main, "Do.", ids=ids) == COMPACTION
+  # Of what says so itself, even the summaries and titles are a sub-agent's.
+  ids = {"x-forge-sub-agent": "sub-agent 1"}
+  for user in ("Summarise this conversation.", "Write a title for this."):
+    assert tell(told, main, user, tools=(), ids=ids, parent=MAIN) == SUB_AGENT
 
 
 def test_a_title_may_come_first():

@@ -10,6 +10,7 @@ Invariants:
 
 import asyncio
 from collections.abc import (
+  AsyncIterator,
   Awaitable,
   Callable,
   Iterator,
@@ -100,7 +101,8 @@ class Box:
     """Writes files; see `base.Sandbox`."""
     sizes = [(path, len(data)) for path, data in files.items()]
     request = {"op": "put", "files": sizes, "executable": executable}
-    await self._ask(request, b"".join(files.values()), 0, _FILES_SECONDS)
+    async with self._turn():
+      await self._ask(request, b"".join(files.values()), 0, _FILES_SECONDS)
 
   async def get(
     self,
@@ -116,7 +118,8 @@ class Box:
       "most_files": most_files,
       "most_bytes": most_bytes,
     }
-    reply, data = await self._ask(request, b"", most_bytes, _FILES_SECONDS)
+    async with self._turn():
+      reply, data = await self._ask(request, b"", most_bytes, _FILES_SECONDS)
     with self._reading("get"):
       found, start = {}, 0
       for path, size in reply["files"]:
@@ -139,13 +142,12 @@ class Box:
       "env": dict(env or {}),
       "seconds": seconds,
     }
-    if self._dead:
-      raise errors.SandboxError(f"the sandbox cannot be used: {self._dead}")
-    kills = self._group.kills() if self._group else 0
-    reply, data = await self._ask(
-      request, stdin, 2 * self._limits.output_bytes, seconds + _GRACE_SECONDS
-    )
-    killed = bool(self._group) and self._group.kills() > kills
+    async with self._turn():
+      kills = self._group.kills() if self._group else 0
+      reply, data = await self._ask(
+        request, stdin, 2 * self._limits.output_bytes, seconds + _GRACE_SECONDS
+      )
+      killed = bool(self._group) and self._group.kills() > kills
     with self._reading("run"):
       cut = reply["stdout_bytes"]
       return base.Result(
@@ -174,22 +176,26 @@ class Box:
     """Closes the sandbox."""
     await self.aclose()
 
-  async def _ask(
-    self, request: dict[str, Any], payload: bytes, most: int, seconds: float
-  ) -> tuple[dict[str, Any], bytes]:
+  @contextlib.asynccontextmanager
+  async def _turn(self) -> AsyncIterator[None]:
+    """Waits until no request is under way, and keeps it so."""
     async with self._lock:
       if self._dead:
         raise errors.SandboxError(f"the sandbox cannot be used: {self._dead}")
+      yield
 
-      async def exchange() -> tuple[dict[str, Any], bytes]:
-        text = json.dumps(request).encode()
-        stdin = self._process.stdin
-        stdin.write(_LENGTHS.pack(len(text), len(payload)) + text)
-        stdin.write(payload)
-        await stdin.drain()
-        return await self._receive(most)
+  async def _ask(
+    self, request: dict[str, Any], payload: bytes, most: int, seconds: float
+  ) -> tuple[dict[str, Any], bytes]:
+    async def exchange() -> tuple[dict[str, Any], bytes]:
+      text = json.dumps(request).encode()
+      stdin = self._process.stdin
+      stdin.write(_LENGTHS.pack(len(text), len(payload)) + text)
+      stdin.write(payload)
+      await stdin.drain()
+      return await self._receive(most)
 
-      reply, data = await self._exchange(exchange(), seconds, request["op"])
+    reply, data = await self._exchange(exchange(), seconds, request["op"])
     if "error" in reply:
       raise errors.SandboxError(f"{request['op']}: {reply['error']}")
     return reply, data

@@ -116,6 +116,14 @@ async def test_a_cancelled_command_takes_the_sandbox_with_it(box, none_left):
   await none_left(mark)
 
 
+async def test_commands_asked_for_at_once_run_one_after_another(box):
+  script = "ls; : >$0; sleep 0.1; rm $0"
+  results = await asyncio.gather(
+    *(box.run(["sh", "-c", script, str(n)], seconds=9) for n in range(3))
+  )
+  assert [(r.stdout, r.failure) for r in results] == [(b"", None)] * 3
+
+
 async def test_closing_twice_is_once(box):
   await box.aclose()
   await box.aclose()
