@@ -10,6 +10,7 @@ import numpy as np
 
 from forge_jax import errors
 
+BASELINES = ("mean", "leave_one_out", "none")  # see `group_baseline`
 _SMALLEST_STD = 1e-6  # below it, a group's returns are taken to be equal
 
 
@@ -30,30 +31,31 @@ def reward_to_go(
   return returns_S
 
 
-def group_baseline(
-  returns_G: np.ndarray, leave_one_out: bool = False
-) -> np.ndarray:
-  """Baseline [G] of each episode: the mean return of the group.
+def group_baseline(returns_G: np.ndarray, kind: str = "mean") -> np.ndarray:
+  """Baseline [G] of each episode.
 
-  Equal returns have exactly that return as their baseline.
+  Equal returns have exactly that return as their mean.
 
   Args:
     returns_G: each episode's return from its start.
-    leave_one_out: average over the other episodes only.
+    kind: "mean" of the group; "leave_one_out", the mean of the other episodes;
+      "none", 0: what succeeds is imitated, whatever the others did.
 
   Raises:
     ConfigError: leave-one-out of a single episode.
   """
   count = len(returns_G)
-  if leave_one_out and count < 2:
+  if kind == "none":
+    return np.zeros(count)
+  # Averaging differences keeps rounding from making equal returns unequal.
+  excess_G = returns_G - returns_G[0]
+  if kind == "mean":
+    return np.full(count, returns_G[0] + excess_G.mean())
+  if count < 2:
     raise errors.ConfigError(
       f"a leave-one-out baseline needs at least 2 episodes, found {count}"
     )
-  # Averaging differences keeps rounding from making equal returns unequal.
-  excess_G = returns_G - returns_G[0]
-  if leave_one_out:
-    return returns_G[0] + (excess_G.sum() - excess_G) / (count - 1)
-  return np.full(count, returns_G[0] + excess_G.mean())
+  return returns_G[0] + (excess_G.sum() - excess_G) / (count - 1)
 
 
 def group_scale(returns_G: np.ndarray) -> float:

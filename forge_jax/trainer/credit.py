@@ -6,8 +6,9 @@
    episode. G_t = r_t + gamma_t G_(t+1) is the reward-to-go, with gamma_t = gamma
    from a step of the main agent on, and 1 from one of a sub-agent: what
    sub-agents do lies within one step of the agent that asked for it.
-3. A_t = s_t (G_t - B) with B the group's mean return, for every response token
-   of completion t; s_t = sub_agent_share for a sub-agent's completion, else 1.
+3. A_t = s_t (G_t - B) with B the baseline, by default the group's mean return,
+   for every response token of completion t; s_t = sub_agent_share for a
+   sub-agent's completion, else 1.
 4. Each token weighs one over the response tokens of all the groups given.
 
 Completions whose advantage is exactly 0 add nothing to the gradient: they are
@@ -30,7 +31,7 @@ class CreditConfig:
   gamma: float = 1.0  # discount per completion
   alpha: float = 1.0  # factor of process rewards
   beta: float = 0.0  # factor of the speed reward
-  leave_one_out: bool = False  # baseline from the other episodes only
+  baseline: str = "mean"  # see algo.advantages.group_baseline
   divide_by_std: bool = False  # divide advantages by the group's std
   process_cap: float = 1.0  # largest |sum| of process rewards of an episode
   perf_cap: float = 1.0  # largest |sum| of perf rewards of an episode
@@ -39,6 +40,11 @@ class CreditConfig:
   sub_agent_share: float = 1.0
 
   def __post_init__(self):
+    if self.baseline not in advantages.BASELINES:
+      raise errors.ConfigError(
+        f"credit.baseline={self.baseline!r}; expected one of "
+        f"{', '.join(advantages.BASELINES)}"
+      )
     if not 0 <= self.gamma <= 1:
       raise errors.ConfigError(f"credit.gamma={self.gamma} is not in [0, 1]")
     if not 0 <= self.sub_agent_share <= 1:
@@ -212,7 +218,7 @@ def _group_advantages(
     for rewards_S, sub_S in zip(rewards_of, by_sub_agent, strict=True)
   ]
   start_G = np.array([returns_S[0] for returns_S in returns])
-  baseline_G = advantages.group_baseline(start_G, config.leave_one_out)
+  baseline_G = advantages.group_baseline(start_G, config.baseline)
   scale = advantages.group_scale(start_G) if config.divide_by_std else 1.0
   return [
     (returns_S - baseline)

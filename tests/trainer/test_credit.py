@@ -133,7 +133,7 @@ def test_groups_have_their_own_baseline_and_one_normaliser():
 
 def test_equal_fractional_rewards_are_dropped_exactly():
   group = _group(*(_episode(i, [2], [(PERF, 0.3, None)]) for i in range(7)))
-  for config in ({}, {"divide_by_std": True}, {"leave_one_out": True}):
+  for config in ({}, {"divide_by_std": True}, {"baseline": "leave_one_out"}):
     assert _advantages([group], **config) == {}
 
 
@@ -166,13 +166,22 @@ def test_leave_one_out_and_division_by_std():
     _episode(1, [1], [(PERF, 0.5, None)]),
     _episode(2, [1], [(PERF, 0.0, None)]),
   )
-  assert _advantages([group], leave_one_out=True) == pytest.approx(
+  assert _advantages([group], baseline="leave_one_out") == pytest.approx(
     {"e0/0": 0.75, "e2/0": -0.75}
   )
   scale = np.std([0, 0.5, 1])
   assert _advantages([group], divide_by_std=True) == pytest.approx(
     {"e0/0": 0.5 / scale, "e2/0": -0.5 / scale}
   )
+
+
+def test_without_a_baseline_what_succeeds_is_imitated():
+  group = _group(
+    _episode(0, [1], [(PERF, 1.0, None)]), _episode(1, [1], [(PERF, 1.0, None)])
+  )
+  assert _advantages([group], baseline="none") == {"e0/0": 1.0, "e1/0": 1.0}
+  with pytest.raises(errors.ConfigError, match="baseline='median'"):
+    credit.CreditConfig(baseline="median")
 
 
 def test_components_are_capped_per_episode():
