@@ -56,7 +56,9 @@ POOL = [
   "psycopg[binary]>=3.2",
   "pyarrow>=17",
 ]
+MCP = ["mcp>=2.3"]
 TEST = [
+  *MCP,
   *POOL,
   "hypothesis>=6.100",
   "jsonschema>=4.20",
@@ -86,6 +88,8 @@ setuptools.setup(
     "demo": JAX,
     # A pool of several hosts, and its export to Arrow and Parquet.
     "pool": POOL,
+    # Tools of MCP servers for white-box agents.
+    "mcp": MCP,
     "test": TEST,
     "tpu": [*JAX, "jax[tpu]"],
     "cuda": [*JAX, "jax[cuda12]"],

@@ -18,8 +18,7 @@ Invariants:
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
-import contextlib
+from collections.abc import Mapping, Sequence
 import dataclasses
 import json
 from typing import Any
@@ -27,7 +26,7 @@ from typing import Any
 import openai
 
 from forge_jax import errors, types
-from forge_jax.agents import base
+from forge_jax.agents import base, extra_tools
 from forge_jax.tasks import base as tasks_base
 
 _NAME = "delegate"
@@ -99,67 +98,33 @@ class Orchestrator:
     Raises:
       openai.OpenAIError: the endpoint fails the main agent.
     """
-    helped = _Helped(environment, endpoint, self._sub_agent, self._config)
-    messages = await self._agent.run(helped, endpoint)
-    return [*messages, *helped.transcripts]
+    helpers = _Helpers(environment, endpoint, self._sub_agent, self._config)
+    tool = extra_tools.Tool(_TOOL, helpers.delegate)
+    equipped = extra_tools.Equipped(environment, {_NAME: tool})
+    messages = await self._agent.run(equipped, endpoint)
+    return [*messages, *helpers.transcripts]
 
 
-class _Helped:
-  """An environment with a tool that starts sub-agents."""
+class _Helpers:
+  """The sub-agents of an episode."""
 
   def __init__(
     self,
-    inner: tasks_base.Environment,
+    environment: tasks_base.Environment,
     endpoint: base.Endpoint,
     sub_agent: base.Agent,
     config: OrchestratorConfig,
   ):
-    self._inner = inner
+    self._environment = environment
     self._endpoint = endpoint
     self._sub_agent = sub_agent
     self._config = config
     self._permits = asyncio.Semaphore(config.parallel)
     self._started = 0
-    self._ended = False  # by a sub-agent's call
     self.transcripts: list[types.Message] = []
 
-  @property
-  def tools(self) -> Sequence[types.Message]:
-    return [*self._inner.tools, _TOOL]
-
-  def reset(self) -> types.Messages:
-    return self._inner.reset()
-
-  async def respond(self, reply: types.Message) -> types.Messages | None:
-    """The results of all calls, in their order; then what else there is."""
-    calls = reply.get("tool_calls") or []
-    delegated = [c for c in calls if c["function"]["name"] == _NAME]
-    others = [c for c in calls if c["function"]["name"] != _NAME]
-    if not delegated:
-      return await base.respond(self._inner, reply)
-    async with _together() as group:
-      parts = [group.create_task(self._delegate(call)) for call in delegated]
-      rest: types.Messages | None = ()
-      if others:
-        own = {**reply, "tool_calls": others}
-        rest = await base.respond(self._inner, own)
-    if rest is None or self._ended:
-      return None
-    by_call = {m["tool_call_id"]: m for m in rest if m["role"] == "tool"}
-    by_call |= {m["tool_call_id"]: m for m in (p.result() for p in parts)}
-    return [
-      *(by_call[call["id"]] for call in calls if call["id"] in by_call),
-      *(m for m in rest if m["role"] != "tool"),
-    ]
-
-  def rewards(self):
-    return self._inner.rewards()
-
-  async def _delegate(self, call: Mapping[str, Any]) -> types.Message:
-    result = await self._result(call["function"]["arguments"])
-    return {"role": "tool", "tool_call_id": call["id"], "content": result}
-
-  async def _result(self, written: Any) -> str:
+  async def delegate(self, written: str) -> str:
+    """Plays a sub-agent to its end; returns its report."""
     task = _task(written)
     if task is None:
       return 'error: expected {"task": a text}'
@@ -167,7 +132,7 @@ class _Helped:
       return f"error: there are no more than {self._config.most} helpers"
     self._started += 1
     name = f"sub-agent {self._started}"
-    part = _Part(self._inner, self._config.instructions, task)
+    part = _Part(self._environment, self._config.instructions, task)
     messages: types.Messages = ()
     async with self._permits:
       try:
@@ -177,7 +142,6 @@ class _Helped:
         report = part.report
       except openai.OpenAIError as error:
         report = f"error: the helper failed: {error}"
-    self._ended |= part.ended
     self.transcripts.append(
       {
         "role": "sub-agent",
@@ -201,7 +165,6 @@ class _Part:
       {"role": "user", "content": task},
     )
     self.report = "error: the helper came to no end"
-    self.ended = False  # the environment's episode, by a call
 
   @property
   def tools(self) -> Sequence[types.Message]:
@@ -214,22 +177,10 @@ class _Part:
     if not reply.get("tool_calls"):
       self.report = reply.get("content") or ""
       return None
-    observations = await base.respond(self._inner, reply)
-    self.ended = observations is None
-    return observations
+    return await base.respond(self._inner, reply)
 
   def rewards(self) -> Sequence[types.Reward]:
     return ()
-
-
-@contextlib.asynccontextmanager
-async def _together() -> AsyncIterator[asyncio.TaskGroup]:
-  """A group of tasks; the first failure is raised as it is."""
-  try:
-    async with asyncio.TaskGroup() as group:
-      yield group
-  except ExceptionGroup as failures:
-    raise failures.exceptions[0] from failures
 
 
 def _task(written: Any) -> str | None:

@@ -204,13 +204,13 @@ async def test_what_fails_otherwise_fails_the_episode_and_leaves_none_running():
   assert kinds(episode) == [MAIN, *[SUB_AGENT] * 3]
 
 
-async def test_an_environment_may_end_by_a_sub_agents_call():
+async def test_a_sub_agents_last_call_ends_it():
   class Once(Prices):
     async def respond(self, reply):
-      return None
+      return None if reply.get("tool_calls") else await super().respond(reply)
 
   episode = await play(policy, Once(), parallel=1, most=1)
-  assert kinds(episode) == [MAIN, SUB_AGENT]
+  assert kinds(episode) == [MAIN, SUB_AGENT, MAIN]
 
 
 async def test_all_work_in_one_sandbox():
