@@ -1,10 +1,12 @@
 """Messages to token ids and back, never re-encoding what was sampled.
 
 A model family that the `renderers` package knows has a renderer that bridges
-from one turn to the next by itself. Any other model has only its chat template,
-and is bridged by text: the whole conversation is rendered as text with and
-without the new messages, the one must extend the other, and only the rest is
-encoded. A template that rewrites its history cannot be extended, and says so.
+from one turn to the next by itself; where it will not, the whole conversation
+is rendered, and if its text begins with all that the model has seen, the rest
+is encoded. Any other model has only its chat template, and is bridged by text:
+the whole conversation is rendered as text with and without the new messages,
+the one must extend the other, and only the rest is encoded. A template that
+rewrites its history cannot be extended, and says so.
 
 A reply whose tool-call markup is not well-formed is handed over as the text
 that was sampled, markup and all; its reasoning, if any, stays apart.
@@ -13,26 +15,19 @@ that was sampled, markup and all; its reasoning, if any, stays apart.
 from collections.abc import Mapping, Sequence
 import dataclasses
 import json
-import re
 from typing import Any
 
 import renderers
-from renderers import base as renderers_base
 from renderers import reasoning as renderers_reasoning
 import transformers
 
 from forge_jax import errors, types
-from forge_jax.gateway import call_syntax, refusal, template
+from forge_jax.gateway import call_syntax, families, refusal, template
 
-# What a chat template contains -> the parser of the tool calls it describes.
-_TOOL_PARSERS = (
-  ("<arg_key>", "glm"),
-  ("<function=", "qwen3.5"),
-  ("<tool_call>", "qwen3"),
-  ("<｜tool▁calls▁begin｜>", "deepseek-v3"),
-)
 # Families that write a tool call as plain text, with no opening token.
 _PLAIN_TEXT_CALLS = frozenset({"llama-3"})
+# Going on, `renderers` leaves out a line break that these templates write.
+_BREAKS_LEFT_OUT = frozenset({"laguna-m.1", "laguna-xs.2"})
 _BAD_CALLS = frozenset(
   {
     renderers.ToolCallParseStatus.UNCLOSED_BLOCK,
@@ -68,6 +63,7 @@ class Renderer:
     tokenizer: transformers.PreTrainedTokenizerFast,
     name: str = "auto",
     template_kwargs: Mapping[str, Any] | None = None,
+    keep_reasoning: bool = False,
   ):
     """Picks the renderer.
 
@@ -77,6 +73,8 @@ class Renderer:
         own chat template, "auto" to pick by the model's name.
       template_kwargs: variables of the chat template, such as
         enable_thinking.
+      keep_reasoning: whether the reasoning of past turns stays where the
+        template drops it, see `families`.
 
     Raises:
       ConfigError: there is no such renderer, or it does not fit the tokenizer.
@@ -85,13 +83,18 @@ class Renderer:
     self._template_kwargs = dict(template_kwargs or {})
     self._by_effort: dict[str, Renderer] = {}
     self.effort: str | None = None  # what a request has set, see with_effort
-    self.name = _pick(tokenizer) if name == "auto" else name
-    self._family = self._create()
-    self._template = (
-      template.ChatTemplate(tokenizer, self._template_kwargs)
-      if self.name == "default"
-      else None
+    self._keep_reasoning = keep_reasoning
+    self.name = families.pick(tokenizer) if name == "auto" else name
+    self._family = families.create(
+      tokenizer, self.name, self._template_kwargs, keep_reasoning
     )
+    self._template = None
+    if self.name == families.GENERIC:
+      variables = self._template_kwargs
+      if keep_reasoning:
+        kept = families.keeping(tokenizer, self.name, variables)
+        variables = {**kept, **variables}
+      self._template = template.ChatTemplate(tokenizer, variables)
     self.stop_token_ids = self._find_stop_tokens()
     self._stops = frozenset(self.stop_token_ids)
     self._markup = frozenset(tokenizer.added_tokens_decoder) - self._stops
@@ -100,7 +103,8 @@ class Renderer:
     self.think_close_id = vocabulary.get("</think>")
     self.think_open_id = vocabulary.get("<think>")
     # How it writes what a request may demand; see `constraint`.
-    parser = _tool_parser(tokenizer) if self.name == "default" else None
+    generic = self._template is not None
+    parser = families.tool_parser(tokenizer) if generic else None
     self.call_syntax = call_syntax.find(self.name, parser, vocabulary)
     self.content_is_plain = call_syntax.plain_content(self.name, vocabulary)
     self.special = vocabulary
@@ -181,8 +185,24 @@ class Renderer:
       tools=list(tools) or None,
     )
     if bridged is None or bridged.token_ids[: len(seen)] != seen:
-      return None
-    return list(bridged.token_ids[len(seen) :])
+      return self._extend_by_text(seen, [*conversation, *new_messages], tools)
+    rest = list(bridged.token_ids[len(seen) :])
+    if self.name in _BREAKS_LEFT_OUT and seen[-1] in self._stops:
+      return [*self._encode("\n"), *rest]
+    return rest
+
+  def _extend_by_text(
+    self,
+    seen: Sequence[int],
+    conversation: types.Messages,
+    tools: types.Messages,
+  ) -> list[int] | None:
+    """What follows `seen` in a whole conversation that begins with it."""
+    text, whole = (
+      self.decode(seen),
+      self.decode(self.render(conversation, tools)),
+    )
+    return self._encode(whole[len(text) :]) if whole.startswith(text) else None
 
   def encode_prompt(self, text: str) -> list[int]:
     """Token ids of a raw prompt, with the tokens that a text begins with."""
@@ -296,35 +316,22 @@ class Renderer:
     text = self.decode(ids[start:])
     return text if parsed.content[:1].isspace() else text.lstrip()
 
-  def _create(self) -> renderers.Renderer:
-    try:
-      if self.name == "default":
-        return renderers.create_renderer(
-          self._tokenizer,
-          renderers.DefaultRendererConfig(
-            tool_parser=_tool_parser(self._tokenizer)
-          ),
-        )
-      return renderers.create_renderer(
-        self._tokenizer,
-        renderers.config_from_name(self.name),
-        chat_template_kwargs=self._template_kwargs,
-      )
-    except (ValueError, TypeError, AssertionError, RuntimeError) as error:
-      raise errors.ConfigError(
-        f"renderer {self.name!r} cannot be used: {error}"
-      ) from error
-
   def _create_with_effort(self, effort: str) -> "Renderer":
-    if self._knows("reasoning_effort"):
+    tokenizer, name = self._tokenizer, self.name
+    if families.knows(tokenizer, name, "reasoning_effort"):
       variables: dict[str, Any] = {"reasoning_effort": effort}
-    elif effort == "none" and self._knows("enable_thinking"):
+    elif effort == "none" and families.knows(
+      tokenizer, name, "enable_thinking"
+    ):
       variables = {"enable_thinking": False}
     else:
       return self
     try:
       renderer = Renderer(
-        self._tokenizer, self.name, {**self._template_kwargs, **variables}
+        tokenizer,
+        name,
+        {**self._template_kwargs, **variables},
+        self._keep_reasoning,
       )
     except errors.ConfigError as error:
       raise refusal.Refusal(
@@ -333,14 +340,6 @@ class Renderer:
       ) from error
     renderer.effort = effort
     return renderer
-
-  def _knows(self, variable: str) -> bool:
-    """Whether the model's template has a variable of that name."""
-    if self._template is not None:
-      return (
-        re.search(rf"\b{variable}\b", self._tokenizer.chat_template) is not None
-      )
-    return variable in type(renderers.config_from_name(self.name)).model_fields
 
   def _find_stop_tokens(self) -> tuple[int, ...]:
     ids = list(self._family.get_stop_token_ids())
@@ -356,25 +355,6 @@ class Renderer:
     # As `encode`, but without the places of tokens in the text: a fifth faster.
     backend = self._tokenizer.backend_tokenizer
     return backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
-
-
-def _pick(tokenizer: transformers.PreTrainedTokenizerFast) -> str:
-  """The family of a model known by name; else its own chat template."""
-  folder = str(tokenizer.name_or_path).rstrip("/").rpartition("/")[2]
-  for model, family in renderers_base.MODEL_RENDERER_MAP.items():
-    if folder and folder == model.rpartition("/")[2]:
-      return family
-  return "default"
-
-
-def _tool_parser(
-  tokenizer: transformers.PreTrainedTokenizerFast,
-) -> str | None:
-  """The parser of the tool calls that the chat template describes."""
-  for marker, parser in _TOOL_PARSERS:
-    if marker in tokenizer.chat_template:
-      return parser
-  return None
 
 
 def _well_formed(call: renderers.ParsedToolCall) -> ToolCall | None:

@@ -86,6 +86,7 @@ class GatewayConfig:
   model_name: str = "policy"  # what GET /v1/models lists
   renderer: str = "auto"  # see render.Renderer
   template_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  keep_reasoning: bool = False  # of past turns, where the template drops it
   # None: a random one.
   admin_token: str | None = dataclasses.field(default=None, repr=False)
   journal: str | None = None  # folder; None: sessions end with the process
@@ -125,7 +126,10 @@ class Gateway:
     self._config = config = config or GatewayConfig()
     self._engine = engine
     self.renderer = render.Renderer(
-      tokenizer, config.renderer, config.template_kwargs
+      tokenizer,
+      config.renderer,
+      config.template_kwargs,
+      config.keep_reasoning,
     )
     self.admin_token = config.admin_token or secrets.token_urlsafe(24)
     self._journal: journal.Log = (

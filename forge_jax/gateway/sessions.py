@@ -130,12 +130,12 @@ class Session:
     digest = lineages.tools_digest(tools, effort)
     match = self._lineages.find(messages, digest)
     parent, reason, added = match.parent, match.reason, None
+    shown = call_ids.as_the_model_knows(
+      messages, match.messages, self._native_ids
+    )
     if parent is not None:
       prompt_ids = parent.prompt_ids().tolist()
       response_ids = parent.response_ids.tolist()
-      shown = call_ids.as_the_model_knows(
-        messages, match.messages, self._native_ids
-      )
       added = renderer.extend(
         prompt_ids,
         response_ids,
@@ -148,7 +148,6 @@ class Session:
       else:
         prompt = prompt_ids + response_ids + added
     if added is None:
-      shown = call_ids.as_the_model_knows(messages, messages, self._native_ids)
       prompt = added = renderer.render(shown, tools)
     plan = self._start(parent, reason, added, prompt, match, digest)
     return self._asked_by(attempt, choice, plan, messages, tools)

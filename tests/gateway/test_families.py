@@ -1,137 +1,204 @@
-"""Every family of `renderers`: a tool loop through a session, token by token.
+"""Every family of `renderers`: random conversations through a session.
 
-No model's own tokenizer is here: each family gets the byte tokenizer with its
-special tokens added, which is all that its renderer asks for.
+What a session shows a model, token by token extended, is compared with the
+family's rendering of the whole conversation, from scratch.
 """
 
 import json
-import re
 
+from family_models import FAMILIES, renderer_of, sampled, whole
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
 import pytest
-from renderers import base
-from tokenizers import AddedToken
 
-from forge_jax import errors, types
-from forge_jax.gateway import call_ids, render, scripted, sessions, template
+from forge_jax import types
+from forge_jax.gateway import call_ids, families, sessions
 
-# gpt-oss reads a vocabulary from the network. DeepSeek-R1's template drops the
-# reasoning of every past turn: each of its requests is a root.
-FAMILIES = sorted(
-  {*base.MODEL_RENDERER_MAP.values()} - {"gpt-oss", "deepseek-r1"}
-)
-MISSING = re.compile(
-  r"(?:[Tt]oken|special).{0,20}?['\"]([^'\"]+)['\"]"
-  r"|['\"](<[^'\"]+)['\"].*(?:not|missing)"
-)
-MOST_TOKENS = 80
-NATIVE_IDS = {"kimi-k2", "kimi-k2.5"}
-# Going on, `renderers` leaves out a line break that the templates write.
-NO_BREAK = {"laguna-m.1", "laguna-xs.2"}
-
-
-def renderer_of(family):
-  """The family's renderer, with every token that it misses."""
-  tokenizer = scripted.byte_tokenizer()
-  for _ in range(MOST_TOKENS):
-    try:
-      return render.Renderer(tokenizer, family)
-    except errors.ConfigError as error:
-      found = MISSING.search(str(error))
-      assert found, error
-      token = AddedToken(found[1] or found[2], special=True, normalized=False)
-      assert tokenizer.add_tokens([token]) == 1
-  raise AssertionError(f"{family} misses ever more tokens")
+# After the results of calls, DeepSeek-R1's parser takes reasoning for content.
+MOST_CALLS = {"llama-3": 1, "deepseek-r1": 0}
+# Its template keeps only the reasoning beside calls.
+PARTLY = {"gemma4"}
+WRITES_IDS = {"kimi-k2", "kimi-k2.5"}
+CALCULATE = {
+  "type": "function",
+  "function": {
+    "name": "calculate",
+    "description": "Calculates.",
+    "parameters": {
+      "type": "object",
+      "properties": {"expression": {"type": "string"}},
+      "required": ["expression"],
+    },
+  },
+}
+PHASES = (Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink)
+WORDS = st.text('ab é漢.,:"', max_size=8).map(str.strip)
 
 
-def user(text):
-  return {"role": "user", "content": text}
+@st.composite
+def steps(draw):
+  """What is said and answered, in turn: (calls, reasons, user speaks, words)."""
+  step = st.tuples(st.integers(0, 2), st.booleans(), st.booleans(), WORDS)
+  return draw(st.lists(step, min_size=1, max_size=4))
 
 
-def as_sampled(renderer, messages, said, new, tools):
-  """What the model samples to say something, as its template writes it.
+class Episode:
+  """A conversation as the model knows it, and as its client sends it."""
 
-  Returns:
-    The token ids, with the stop token; the whole conversation's text after
-    them, up to the next reply; whether the prompt's text is as the template
-    writes it in a conversation.
-  """
-  prompt = renderer.decode(renderer.render(messages, tools))
-  whole = renderer.decode(renderer.render([*messages, said, *new], tools))
-  full = renderer._family.render(
-    template.with_objects([*messages, said]), tools=list(tools) or None
-  )
-  ids = [
-    token
-    for token, of, sampled in zip(
-      full.token_ids, full.message_indices, full.sampled_mask, strict=True
+  def __init__(self, renderer, tools):
+    self.renderer, self.tools = renderer, tools
+    self.session = sessions.Session("s", seed=0, sampling={})
+    self.messages = [
+      {"role": "system", "content": "Be brief."},
+      {"role": "user", "content": "question"},
+    ]
+    self.sent = [*self.messages]
+    self.calls = 0
+    self.number = 0
+    self.mark = ""  # a text of the last reply that is nowhere else
+    self.said_after = ""  # what was sampled after it
+
+  def begin(self):
+    return self.session.begin(self.renderer, self.sent, self.tools)
+
+  def reply(self, plan, calls, reasons, words):
+    """The model replies, with or without reasoning, as its template can."""
+    calls = min(calls, MOST_CALLS.get(self.renderer.name, calls))
+    self.number += 1
+    self.mark = f"<{self.number}>"
+    message, ids = self._said(calls, reasons, words)
+    if ids is None:
+      message, ids = self._said(calls, not reasons, words)
+    assert ids is not None
+    reply = self.renderer.parse(plan.prompt_ids, ids, self.tools)
+    assert not reply.malformed
+    assert reply.content.strip() == message["content"]
+    assert (reply.reasoning or "").strip() == message.get(
+      "reasoning_content", ""
     )
-    if of == len(messages) and sampled
-  ]
-  text = renderer.decode(ids)
-  end = whole.rindex(text) + len(text)
-  for stop in renderer.stop_token_ids:
-    marker = renderer.decode([stop])
-    if ids[-1] not in renderer.stop_token_ids and whole[end:].startswith(
-      marker
-    ):
-      end += len(marker)
-      text += marker
-  fits = whole.startswith(prompt)
-  if fits:
-    text = whole[len(prompt) : end]
-  return renderer.encode_rest(text), whole[end:], fits
+    sent = {"role": "assistant", "content": reply.content}
+    if reply.reasoning is not None:
+      sent["reasoning_content"] = reply.reasoning
+    kept = {**sent}
+    if calls:
+      sent["tool_calls"], kept["tool_calls"] = self._calls(plan, reply, message)
+    self.session.record(
+      plan,
+      response_ids=ids,
+      logprobs=[-1.0] * len(ids),
+      versions=[0] * len(ids),
+      stop_reason=types.StopReason.STOP,
+      reply=kept,
+    )
+    self.messages.append(message)
+    self.sent.append(sent)
+    _, _, self.said_after = self.renderer.decode(ids).rpartition(self.mark)
+
+  def answer(self, user, words):
+    """The results of the last calls, if any, and what the user says."""
+    native = self.messages[-1].get("tool_calls", ())
+    sent = self.sent[-1].get("tool_calls", ())
+    for known, call in zip(native, sent, strict=True):
+      result = {"role": "tool", "content": f"r{words}"}
+      name = known["function"]["name"]
+      self.messages.append(
+        {**result, "tool_call_id": known["id"], "name": name}
+      )
+      self.sent.append({**result, "tool_call_id": call["id"]})
+    if user or not native:
+      for messages in (self.messages, self.sent):
+        messages.append({"role": "user", "content": f"u{words}"})
+
+  def whole(self):
+    return whole(self.renderer, self.messages, self.tools)
+
+  def _said(self, calls, reasons, words):
+    message = {"role": "assistant", "content": "" if calls else self.mark}
+    if reasons:
+      message["reasoning_content"] = f"hm{words}"
+    if calls:
+      message["tool_calls"] = [
+        {
+          "id": f"functions.calculate:{self.calls + n}",
+          "type": "function",
+          "function": {
+            "name": "calculate",
+            "arguments": json.dumps({"expression": f"{n}{words}{self.mark}"}),
+          },
+        }
+        for n in range(calls)
+      ]
+    ids = sampled(self.renderer, self.messages, message, self.tools)
+    if ids is None:
+      return message, None
+    if "hm" not in self.renderer.decode(ids):  # the family does not write it
+      message.pop("reasoning_content", None)
+    self.calls += calls
+    return message, ids
+
+  def _calls(self, plan, reply, message):
+    """The calls that were read, as the client has them and as recorded."""
+    meant = [call["function"] for call in message["tool_calls"]]
+    assert [(c.name, json.loads(c.arguments)) for c in reply.tool_calls] == [
+      (m["name"], json.loads(m["arguments"])) for m in meant
+    ]
+    sent, kept = [], []
+    for n, call in enumerate(reply.tool_calls):
+      assert (call.id == message["tool_calls"][n]["id"]) == (
+        self.renderer.name in WRITES_IDS
+      )
+      function = {"name": call.name, "arguments": call.arguments}
+      issued = f"call_{plan.number}_{n}"
+      value = {"id": issued, "type": "function", "function": function}
+      sent.append({**value, "id": f"own_{issued}"})  # some clients change it
+      kept.append({**value, call_ids.NATIVE: call.id} if call.id else value)
+    return sent, kept
 
 
-def record(session, plan, ids, message):
-  session.record(
-    plan,
-    response_ids=ids,
-    logprobs=[-1.0] * len(ids),
-    versions=[0] * len(ids),
-    stop_reason=types.StopReason.STOP,
-    reply=message,
-  )
+def play(episode, said, *, reasons):
+  """Plays the steps; `reasons`: always (True), never, or as they say (None).
+
+  Yields:
+    The plan of each request but the first, the text that the model saw and said
+    before it, and the text that it sees.
+  """
+  decode, before = episode.renderer.decode, None
+  for calls, hm, user, words in [*said, (0, False, False, "")]:
+    plan = episode.begin()
+    seen = decode(plan.prompt_ids)
+    if before is not None:
+      yield plan, before, seen
+    episode.reply(plan, calls, hm if reasons is None else reasons, words)
+    node = episode.session.completions()[-1]
+    before = seen + decode(node.response_ids)
+    episode.answer(user, words)
+
+
+@pytest.mark.parametrize("reasons", [None, False])
+@pytest.mark.parametrize("family", FAMILIES)
+@settings(max_examples=3, deadline=None, phases=PHASES)
+@given(said=steps())
+def test_the_model_sees_the_whole_rendering(family, reasons, said):
+  """A conversation is a chain exactly where its template lets it be one."""
+  episode = Episode(renderer_of(family, reasons is None), [CALCULATE])
+  for plan, before, seen in play(episode, said, reasons=reasons):
+    assert seen == episode.whole()
+    assert (plan.parent is not None) == seen.startswith(before)
+    assert plan.fork_reason == (None if plan.parent else "template")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_tool_loop_keeps_what_was_sampled(family, calculator):
-  renderer, tools = renderer_of(family), [calculator]
-  session = sessions.Session("s", seed=0, sampling={})
-  messages = [{"role": "system", "content": "Be brief."}, user("2+3?")]
-  native = "functions.calculate:0"
-  function = {"name": "calculate", "arguments": '{"expression": "2+3"}'}
-  said = {
-    "role": "assistant",
-    "content": "",
-    "reasoning_content": "hm",
-    "tool_calls": [{"id": native, "type": "function", "function": function}],
-  }
-  result = {"role": "tool", "tool_call_id": native, "content": "5"}
-  new = [{**result, "name": "calculate"}]
-  ids, rest, fits = as_sampled(renderer, messages, said, new, tools)
-
-  plan = session.begin(renderer, messages, tools)
-  reply = renderer.parse(plan.prompt_ids, ids, tools)
-  assert [(c.name, json.loads(c.arguments)) for c in reply.tool_calls] == [
-    ("calculate", {"expression": "2+3"})
-  ]
-  assert reply.content.strip() == "" and not reply.malformed
-  assert (reply.tool_calls[0].id == native) == (family in NATIVE_IDS)
-  function = {"name": "calculate", "arguments": reply.tool_calls[0].arguments}
-  call = {"id": "call_0_0", "type": "function", "function": function}
-  sent = {"role": "assistant", "content": None, "tool_calls": [call]}
-  kept = {**call, call_ids.NATIVE: reply.tool_calls[0].id}
-  record(session, plan, ids, {**sent, "tool_calls": [kept]})
-
-  # The client has changed the id, as some do.
-  sent["tool_calls"] = [{**call, "id": "own"}]
-  messages += [sent, {"role": "tool", "tool_call_id": "own", "content": "5"}]
-  after = session.begin(renderer, messages, tools)
-  assert after.parent is not None, after.fork_reason
-  assert after.prompt_ids == plan.prompt_ids + ids + after.added_ids
-  rest = rest.lstrip("\n") if family in NO_BREAK else rest
-  assert renderer.decode(after.added_ids) == rest
-  if fits and family not in NO_BREAK:
-    seen = renderer.decode(plan.prompt_ids + ids)
-    again = renderer.render([*messages[:2], said, *new], tools)
-    assert seen + rest == renderer.decode(again)
+@settings(max_examples=3, deadline=None, phases=PHASES)
+@given(said=steps())
+def test_reasoning_that_is_kept_keeps_the_chain(family, said):
+  episode = Episode(renderer_of(family, True, True), [CALCULATE])
+  for plan, before, seen in play(episode, said, reasons=True):
+    if plan.parent is None:
+      assert family in PARTLY and seen == episode.whole()
+      continue
+    assert seen.startswith(before)
+    if families.keeping(None, family, {}) and family not in PARTLY:
+      assert seen == episode.whole()
+    # What follows the reply is what the template writes after it.
+    _, _, after = episode.whole().rpartition(episode.mark)
+    assert episode.said_after + seen[len(before) :] == after

@@ -197,6 +197,30 @@ def test_messages_that_the_template_refuses(smollm2):
     renderer.render([turn("system", "x")], [])
 
 
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_template_s_own_variable_keeps_reasoning(smollm2, keep):
+  tokenizer = copy.deepcopy(smollm2)
+  tokenizer.chat_template = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.reasoning_content and (loop.last or clear_thinking is false) %}"
+    "{{ m.reasoning_content }}|{% endif %}{{ m.content }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+    "{% endif %}"
+  )
+  renderer = render.Renderer(tokenizer, keep_reasoning=keep)
+  messages = [turn("user", "hi")]
+  prompt = renderer.render(messages, [])
+  response = [*tokenizer.encode("hm|hello"), tokenizer.eos_token_id]
+  messages.append({**turn("assistant", "hello"), "reasoning_content": "hm"})
+  new = [turn("user", "again")]
+  added = renderer.extend(prompt, response, messages, new, [])
+  assert (added is not None) == keep
+  if keep:
+    whole = renderer.render([*messages, *new], [])
+    seen = [*prompt, *response, *added]
+    assert renderer.decode(seen) == renderer.decode(whole)
+
+
 def test_template_variables_reach_the_template(smollm2):
   tokenizer = copy.deepcopy(smollm2)
   tokenizer.chat_template = "{{ mood }}" + smollm2.chat_template
