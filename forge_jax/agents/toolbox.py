@@ -7,7 +7,6 @@ file that is not there and a command that fails are results to read.
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 import dataclasses
 import json
-import random
 from typing import Any
 
 from forge_jax import errors, types
@@ -35,19 +34,6 @@ _TOOLS: Mapping[str, tuple[str, Mapping[str, str]]] = {
   ),
   "run_tests": ("Runs the tests.", {}),
 }
-# Other names that a tool or an argument may go by.
-_SYNONYMS: Mapping[str, tuple[str, ...]] = {
-  "bash": ("shell", "terminal", "run_command", "execute"),
-  "read_file": ("view", "open_file", "cat", "show_file"),
-  "write_file": ("create", "save_file", "put_file"),
-  "edit_file": ("str_replace", "replace_in_file", "patch"),
-  "run_tests": ("test", "check", "verify"),
-  "command": ("cmd", "script", "input"),
-  "path": ("file", "file_path", "filename"),
-  "content": ("text", "file_text", "body"),
-  "old": ("old_str", "search", "before"),
-  "new": ("new_str", "replacement", "after"),
-}
 # What the kinds of agents have.
 TERMINAL = ("bash",)
 CODE = ("read_file", "edit_file", "write_file", "run_tests")
@@ -61,10 +47,6 @@ class ToolboxConfig:
   test_command: tuple[str, ...] = ("python3", "-m", "unittest", "-q")
   seconds: float = 30.0  # wall-clock of one call
   most_chars: int = 4000  # of a result; the middle is left out
-  # Tools go by other names, with other names of arguments and in another order
-  # from task to task, so that the policy learns no single scaffold; the same
-  # for all episodes of a task. None: always by their own.
-  vary: int | None = None
 
   def __post_init__(self):
     for name in self.tools:
@@ -77,18 +59,15 @@ class ToolboxConfig:
 class Toolbox:
   """The tools of one episode, over its sandbox."""
 
-  def __init__(
-    self, config: ToolboxConfig, box: sandbox_base.Sandbox, task: str = ""
-  ):
-    """Works in an open sandbox; `task` is what the names vary with."""
+  def __init__(self, config: ToolboxConfig, box: sandbox_base.Sandbox):
+    """Works in an open sandbox."""
     self._config = config
     self._box = box
-    self._aliases = _aliases(config, task)
 
   @property
   def tools(self) -> list[types.Message]:
     """The specifications, in the OpenAI wire format."""
-    return [alias.specification() for alias in self._aliases.values()]
+    return [_specification(name) for name in self._config.tools]
 
   async def answer(self, reply: types.Message) -> types.Messages | None:
     """The results of a reply's calls, in order; None: it has no calls.
@@ -109,14 +88,14 @@ class Toolbox:
     ]
 
   async def _result(self, function: Mapping[str, Any]) -> str:
-    alias = self._aliases.get(function["name"])
-    if alias is None:
-      return f"error: there is no tool {function['name']!r}"
+    name = function["name"]
+    if name not in self._config.tools:
+      return f"error: there is no tool {name!r}"
     try:
-      arguments = alias.read(function["arguments"])
+      arguments = _read(function["arguments"], _TOOLS[name][1])
     except ValueError as error:
       return f"error: {error}"
-    work: Callable[..., Awaitable[str]] = getattr(self, f"_{alias.tool}")
+    work: Callable[..., Awaitable[str]] = getattr(self, f"_{name}")
     return await work(**arguments)
 
   async def _bash(self, command: str) -> str:
@@ -161,63 +140,38 @@ class Toolbox:
     return f"{text[:half]}\n[{left_out} characters left out]\n{text[-half:]}"
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Alias:
-  """What a tool is called, and what its arguments are."""
-
-  tool: str
-  name: str
-  arguments: Mapping[str, str]  # their own names, by those that are shown
-
-  def specification(self) -> types.Message:
-    """As the model is shown it."""
-    description, own = _TOOLS[self.tool]
-    return {
-      "type": "function",
-      "function": {
-        "name": self.name,
-        "description": description,
-        "parameters": {
-          "type": "object",
-          "properties": {
-            shown: {"type": "string", "description": own[argument]}
-            for shown, argument in self.arguments.items()
-          },
-          "required": list(self.arguments),
+def _specification(name: str) -> types.Message:
+  """A tool as the model is shown it."""
+  description, arguments = _TOOLS[name]
+  return {
+    "type": "function",
+    "function": {
+      "name": name,
+      "description": description,
+      "parameters": {
+        "type": "object",
+        "properties": {
+          argument: {"type": "string", "description": meaning}
+          for argument, meaning in arguments.items()
         },
+        "required": list(arguments),
       },
-    }
-
-  def read(self, written: Any) -> dict[str, str]:
-    """A call's arguments; raises ValueError with what is wrong."""
-    try:
-      given = json.loads(written or "{}")
-    except (ValueError, TypeError) as error:
-      raise ValueError(f"the arguments are no JSON: {error}") from error
-    if not isinstance(given, dict) or set(given) != set(self.arguments):
-      expected = ", ".join(self.arguments) or "none"
-      raise ValueError(f"expected the arguments {expected}")
-    for shown, value in given.items():
-      if not isinstance(value, str) or "\0" in value:
-        raise ValueError(f"{shown} must be a string without NUL")
-    return {self.arguments[shown]: value for shown, value in given.items()}
+    },
+  }
 
 
-def _aliases(config: ToolboxConfig, task: str) -> dict[str, _Alias]:
-  """The tools by the names that they go by in a task, in the order shown."""
-  draw = random.Random(f"{config.vary}: {task}")
-  vary = config.vary is not None
-
-  def named(own: str) -> str:
-    return draw.choice((own, *_SYNONYMS[own])) if vary else own
-
-  found = [
-    _Alias(tool, named(tool), {named(a): a for a in _TOOLS[tool][1]})
-    for tool in config.tools
-  ]
-  if vary:
-    draw.shuffle(found)
-  return {alias.name: alias for alias in found}
+def _read(written: Any, expected: Mapping[str, str]) -> dict[str, str]:
+  """A call's arguments; raises ValueError with what is wrong."""
+  try:
+    given = json.loads(written or "{}")
+  except (ValueError, TypeError) as error:
+    raise ValueError(f"the arguments are no JSON: {error}") from error
+  if not isinstance(given, dict) or set(given) != set(expected):
+    raise ValueError(f"expected the arguments {', '.join(expected) or 'none'}")
+  for name, value in given.items():
+    if not isinstance(value, str) or "\0" in value:
+      raise ValueError(f"{name} must be a string without NUL")
+  return given
 
 
 def _printed(result: sandbox_base.Result) -> str:

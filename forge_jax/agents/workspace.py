@@ -8,7 +8,6 @@ call, the files come out and are scored.
 
 from collections.abc import Mapping, Sequence
 import dataclasses
-import json
 from typing import Protocol
 
 from forge_jax import types
@@ -63,9 +62,7 @@ class WorkspaceAgent:
     """
     async with await self._backend.open(self._config.limits) as box:
       await box.put(environment.files())
-      opening = [dict(message) for message in environment.reset()]
-      tools = toolbox.Toolbox(self._tools, box, json.dumps(opening))
-      equipped = _Equipped(environment, opening, tools)
+      equipped = _Equipped(environment, toolbox.Toolbox(self._tools, box))
       failure = None
       try:
         messages = await self._agent.run(equipped, endpoint)
@@ -85,14 +82,8 @@ class WorkspaceAgent:
 class _Equipped:
   """An environment that answers tool calls with what they did."""
 
-  def __init__(
-    self,
-    inner: WorkspaceEnvironment,
-    opening: types.Messages,
-    box: toolbox.Toolbox,
-  ):
+  def __init__(self, inner: WorkspaceEnvironment, box: toolbox.Toolbox):
     self._inner = inner
-    self._opening = opening
     self._box = box
 
   @property
@@ -100,7 +91,7 @@ class _Equipped:
     return self._box.tools
 
   def reset(self) -> types.Messages:
-    return self._opening
+    return self._inner.reset()
 
   async def respond(self, reply: types.Message) -> types.Messages | None:
     return await self._box.answer(reply)

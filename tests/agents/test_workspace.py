@@ -152,42 +152,6 @@ async def test_files_count_when_the_model_fails(backend):
   assert episode.perf == 1.0
 
 
-async def test_tools_that_vary_work_by_the_names_that_are_shown():
-  config = toolbox.ToolboxConfig(tools=toolbox.CODE, vary=0)
-  shown, orders = set(), set()
-  async with await unsafe.UnsafeProcess().open() as box:
-    for n in range(12):
-      one = toolbox.Toolbox(config, box, f"task {n}")
-      assert one.tools == toolbox.Toolbox(config, box, f"task {n}").tools
-      names = [tool["function"]["name"] for tool in one.tools]
-      assert len(set(names)) == 4
-      shown |= set(names)
-      orders.add(tuple(t["function"]["description"] for t in one.tools))
-      writes = next(
-        t["function"]
-        for t in one.tools
-        if len(t["function"]["parameters"]["required"]) == 2
-      )
-      path, content = writes["parameters"]["required"]
-      arguments = json.dumps({path: f"{n}.txt", content: "varied"})
-      function = {"name": writes["name"], "arguments": arguments}
-      reply = {"tool_calls": [{"id": "a", "function": function}]}
-      (result,) = await one.answer(reply)
-      assert result["content"] == "written"
-    assert await box.get() == {f"{n}.txt": b"varied" for n in range(12)}
-    plain = toolbox.Toolbox(toolbox.ToolboxConfig(tools=toolbox.CODE), box)
-  assert len(shown) > 8 and len(orders) > 4
-  names = [tool["function"]["name"] for tool in plain.tools]
-  assert tuple(names) == toolbox.CODE
-
-
-def test_no_two_tools_or_arguments_can_share_a_name():
-  names = [
-    n for own, others in toolbox._SYNONYMS.items() for n in (own, *others)
-  ]
-  assert len(names) == len(set(names))
-
-
 def test_an_unknown_tool_is_refused():
   with pytest.raises(errors.ConfigError, match="'fly'; expected of bash"):
     toolbox.ToolboxConfig(tools=("fly",))
