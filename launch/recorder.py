@@ -160,8 +160,6 @@ class Recorder:
       names.QUEUE_IN_FLIGHT: figures["in_progress"],
       names.QUEUE_WAITING: figures["completed"],
       names.QUEUE_WINDOW: figures["window"],
-      names.QUEUE_OVER_LAG: figures["over_lag"],
-      names.QUEUE_EXPIRED: figures["expired"],
       names.WEIGHTS_VERSION: services.engine.stats()["version"],
     }
 

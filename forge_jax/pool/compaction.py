@@ -74,6 +74,7 @@ def collect(pool: store.DataPool, retention: Retention) -> Collected:
       size
       and number != log.number
       and live <= size * (1 - retention.dead_share)
+      and not pool.index.occupied(number)
     ):
       _move(pool, log, rows)
       _empty(pool, number)

@@ -154,8 +154,10 @@ class Curation:
     self._hooks = tuple(hooks)
     self._remembering = [hook for hook in hooks if hasattr(hook, "remember")]
     self._again = {FILTERS[name] for name in resubmit}
+    # Checkpoints keep the queue's counts beside those of the hooks.
+    counted = (names.QUEUE_OVER_LAG, names.QUEUE_EXPIRED)
     self.counts: collections.Counter[str] = collections.Counter(
-      {hook.metric: 0 for hook in hooks}
+      dict.fromkeys([*counted, *(hook.metric for hook in hooks)], 0)
     )
 
   def examine(

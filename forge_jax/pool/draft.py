@@ -3,7 +3,7 @@
 Invariant: a taken item is in exactly one of `kept`, `dropped` and what waits.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 import contextlib
 import dataclasses
 import logging
@@ -63,6 +63,25 @@ class Draft:
     self._lock = lock
     # Put off, with the step that they were refused for.
     self._waiting: list[tuple[progress_lib.Ticket, types.Group, int]] = []
+
+  def count_late(
+    self,
+    trained: Iterable[progress_lib.Ticket],
+    again: Iterable[progress_lib.Ticket],
+    step: int,
+  ) -> None:
+    """Counts the taken items that are over `max_lag`.
+
+    Args:
+      trained: those that are trained.
+      again: those that are dropped, for this or for another reason.
+      step: trained steps when the batch is trained.
+    """
+    scheduler = self._scheduler
+    late = lambda tickets: sum(scheduler.lag(t, step) > 0 for t in tickets)
+    self._curation.counts[names.QUEUE_OVER_LAG] += late(trained)
+    if scheduler.config.over_lag == "drop":
+      self._curation.counts[names.QUEUE_EXPIRED] += late(again)
 
   def call_up(self, step: int, size: int) -> None:
     """Examines what an earlier batch put off, for the last time.

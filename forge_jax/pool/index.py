@@ -117,7 +117,7 @@ class Index:
       move: whether a row that exists is moved; else it stays as it is.
 
     Returns:
-      The rows that existed already and stayed.
+      The rows that were not added: they existed already, and stayed.
 
     Raises:
       OSError: the disk is full; nothing has changed.
@@ -126,11 +126,27 @@ class Index:
     stayed = []
     with self.database.transaction():
       for row in rows:
-        done = self.database.execute(_MOVE if move else _KEEP, row)
-        if not done.rowcount:
+        if move:
+          self.database.execute(_MOVE, row)
+        elif not self.insert(row):
           stayed.append(row)
       self.database.executemany(_SIZE, sizes.items())
     return stayed
+
+  def insert(self, row: Row) -> bool:
+    """Adds a row within `add`; False: its key has one already."""
+    return bool(self.database.execute(_KEEP, row).rowcount)
+
+  def occupy(self, number: int) -> None:
+    """Notes that this process appends to a segment from now on."""
+
+  def vacate(self, number: int) -> None:
+    """Notes that it does so no longer."""
+
+  def occupied(self, number: int) -> bool:
+    """Whether another process appends to a segment."""
+    del number
+    return False  # an embedded pool has one writer
 
   def rebuild(self, rows: Iterable[Row], sizes: Mapping[int, int]) -> None:
     """Replaces everything in one transaction."""

@@ -238,12 +238,14 @@ class Log:
         self._writer = segment.SegmentWriter(path, exclusive=True)
       except FileExistsError:
         continue  # another host was faster
+      self._index.occupy(self._number)
     return self._writer
 
   def _end_segment(self) -> None:
     if self._writer is not None:
       self._writer.close()
       self._writer = None
+      self._index.vacate(self._number)
 
 
 def _row(

@@ -6,8 +6,10 @@ Invariants, beside those of `store.py`:
      size was acknowledged to nobody.
   2. A row is visible to other hosts when its transaction is committed, and
      then its bytes are synced. The server must not run with fsync = off.
-  3. A table of tickets hands out items: each is leased by one host at a time,
-     by the server's clock (`FOR UPDATE SKIP LOCKED`).
+  3. A segment that a host appends to is locked on the server (an advisory
+     lock) until that host ends it or is gone; nobody else empties it.
+  4. The folder's file `postgres` says that the index is elsewhere; an embedded
+     pool is not opened over it.
 
 The shared path must make synced bytes visible to the other hosts (NFS with
 close-to-open consistency does: a reader opens the segment anew). One pool has
@@ -16,6 +18,7 @@ one schema of the database.
 
 from collections.abc import Iterable, Iterator, Sequence
 import contextlib
+import dataclasses
 import errno
 import os
 import pathlib
@@ -26,27 +29,17 @@ from typing import Any
 from forge_jax import errors
 from forge_jax.pool import index as index_lib
 from forge_jax.pool import log as log_lib
-from forge_jax.pool import progress, recovery, segment, store
+from forge_jax.pool import records, recovery, segment, store, tickets
 
-_TICKETS = (
-  "CREATE TABLE IF NOT EXISTS tickets (item BIGINT PRIMARY KEY,"
-  " number BIGINT NOT NULL, attempt BIGINT NOT NULL, step BIGINT NOT NULL,"
-  " host TEXT, until TIMESTAMPTZ)"
-)
-_LEASE = (
-  "UPDATE tickets SET host = ?, until = now() + make_interval(secs => ?)"
-  " WHERE item = (SELECT item FROM tickets"
-  " WHERE host IS NULL OR until < now()"
-  " ORDER BY item LIMIT 1 FOR UPDATE SKIP LOCKED)"
-  " RETURNING item, number, attempt, step"
-)
-_RENEW = (
-  "UPDATE tickets SET until = now() + make_interval(secs => ?)"
-  " WHERE item = ? AND host = ?"
-)
-_GIVE_BACK = (
-  "UPDATE tickets SET host = NULL, until = NULL WHERE item = ? AND host = ?"
-)
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SharedConfig:
+  """Whether several hosts share a run's pool, and how."""
+
+  # What libpq takes; a password is better in ~/.pgpass. "": embedded.
+  database: str = ""
+  schema: str = "forge_pool"  # of one run; a plain lower-case name
+  lease_seconds: float = 60.0  # after which another host takes a silent one's
 
 
 class Postgres:
@@ -73,6 +66,7 @@ class Postgres:
       raise errors.PoolError(
         "a pool in PostgreSQL needs psycopg: pip install 'forge-jax[pool]'"
       ) from error
+    self.schema = schema
     self._psycopg = psycopg
     self._lock = threading.RLock()
     with self._errors():
@@ -89,7 +83,7 @@ class Postgres:
         self.execute("SELECT pg_advisory_xact_lock(hashtext(?))", (schema,))
         self.execute(f"CREATE SCHEMA IF NOT EXISTS {schema}")
         self.execute(f"SET search_path = {schema}")
-        for sql in (*index_lib.TABLES, _TICKETS):
+        for sql in (*index_lib.TABLES, tickets.TABLE):
           self.execute(sql)
 
   def execute(self, sql: str, values: Sequence[Any] = ()) -> Any:
@@ -122,71 +116,96 @@ class Postgres:
       raise errors.PoolError(f"PostgreSQL: {error}") from error
 
 
-class Tickets:
-  """Items on offer, and who has leased them. Used from any thread."""
+class SharedIndex(index_lib.Index):
+  """The index of a pool that several hosts write to."""
 
-  def __init__(self, database: Postgres):
-    self._database = database
+  def __init__(self, database: Postgres, *, leased: bool = False):
+    """Makes the tables where there are none.
 
-  def offer(self, ticket: progress.Ticket) -> None:
-    """Puts an item on offer; a second offer changes nothing."""
-    self._database.execute(
-      "INSERT INTO tickets (item, number, attempt, step) VALUES (?, ?, ?, ?)"
-      " ON CONFLICT (item) DO NOTHING",
-      ticket,
-    )
+    Args:
+      database: of the pool.
+      leased: whether a group is added only while its ticket is open.
 
-  def lease(self, host: str, seconds: float) -> progress.Ticket | None:
-    """Takes the lowest item that is free or whose lease is over; or None."""
-    found = self._database.execute(_LEASE, (host, seconds)).fetchall()
-    return progress.Ticket(*found[0]) if found else None
+    Raises:
+      PoolError: the tables have another schema version, or the database fails.
+    """
+    super().__init__(database)
+    self._schema = database.schema
+    self._tickets = tickets.Tickets(database) if leased else None
 
-  def renew(self, host: str, item: int, seconds: float) -> bool:
-    """Prolongs a lease; False: the host has it no longer."""
-    done = self._database.execute(_RENEW, (seconds, item, host))
-    return bool(done.rowcount)
+  def insert(self, row: index_lib.Row) -> bool:
+    if self._tickets is not None and row.kind == records.GROUP:
+      return self._tickets.insert(row)
+    return super().insert(row)
 
-  def give_back(self, host: str, item: int) -> None:
-    """Puts a leased item on offer again."""
-    self._database.execute(_GIVE_BACK, (item, host))
+  def occupy(self, number: int) -> None:
+    self._advise("pg_advisory_lock", number)
 
-  def open_items(self) -> list[int]:
-    """The items on offer or leased, ascending."""
-    found = self._database.execute("SELECT item FROM tickets ORDER BY item")
-    return [item for (item,) in found.fetchall()]
+  def vacate(self, number: int) -> None:
+    with contextlib.suppress(errors.PoolError):  # gone with the connection
+      self._advise("pg_advisory_unlock", number)
 
-  def withdraw(self, items: Iterable[int]) -> None:
-    """Removes items: they are stored, or nobody asks for them any more."""
-    self._database.executemany(
-      "DELETE FROM tickets WHERE item = ?", [(item,) for item in items]
-    )
+  def occupied(self, number: int) -> bool:
+    if not self._advise("pg_try_advisory_lock", number):
+      return True
+    self._advise("pg_advisory_unlock", number)
+    return False
+
+  def _advise(self, function: str, number: int) -> Any:
+    sql = f"SELECT {function}(hashtext(?), ?::int)"
+    ((done,),) = self.database.execute(sql, (self._schema, number)).fetchall()
+    return done
 
 
 def open_pool(
   path: str | os.PathLike,
   database: Postgres,
   config: store.PoolConfig | None = None,
+  *,
+  leased: bool = False,
 ) -> store.DataPool:
   """Opens a pool for writing by any number of hosts; makes it.
 
   It closes the database. For reading alone, `DataPool.open(path,
   readonly=True)` needs no database.
 
+  Args:
+    path: of the folder that the hosts share.
+    database: of the pool.
+    config: how it is laid out.
+    leased: whether a group is stored only while its ticket is open, as for a
+      host that rolls out what it has leased (`tickets.py`).
+
   Raises:
-    PoolError: the folder cannot be used, or holds segments of which the
-      database knows nothing.
+    PoolError: the folder cannot be used, is an embedded pool's, or holds
+      segments of which the database knows nothing.
   """
   folder = pathlib.Path(path)
   try:
     store.make_folder(folder)
-    index = index_lib.Index(database)
+    if (folder / "index.sqlite").exists():
+      raise errors.PoolError(
+        f"{folder} is an embedded pool: its index is in SQLite, not in "
+        "PostgreSQL"
+      )
+    marker = folder / store.ELSEWHERE
+    if not marker.exists():
+      marker.write_text(f"schema {database.schema}\n", encoding="utf-8")
+    index = SharedIndex(database, leased=leased)
+    numbers = segment.numbers(folder)
     filled = [
       number
-      for number in segment.numbers(folder)
+      for number in numbers
       if segment.path_of(folder, number).stat().st_size
     ]
   except OSError as error:
     raise errors.PoolError(f"{path}: cannot be opened: {error}") from error
+  unknown = sorted(index.sizes().keys() - set(numbers))
+  if unknown:
+    raise errors.PoolError(
+      f"schema {database.schema!r} is of another pool: it knows segment "
+      f"{unknown[0]}, which is not in {folder}"
+    )
   if filled and not index.sizes():
     raise errors.PoolError(
       f"{folder} holds {len(filled)} segments and the database no index of "

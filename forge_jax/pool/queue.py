@@ -12,7 +12,8 @@ Invariants:
      before it has been committed.
 
 The host calls `admit` on an asyncio loop and `complete` on worker threads;
-the trainer calls `take` and `commit` on its own thread.
+the trainer calls `take` and `commit` on its own thread. Where hosts of other
+processes store groups, `adopt` shows them.
 """
 
 import collections
@@ -57,10 +58,8 @@ class GroupQueue:
     self._changed = threading.Condition()
     self._waiters: set[waiter_lib.Waiter] = set()
     self._failure: BaseException | None = None
-    self.io_tokens = 0  # made durable by `complete`, each request's own
-    self.io_seconds = 0.0  # spent on it
-    self._over_lag = 0  # groups claimed although they were over max_lag
-    self._expired = 0  # groups dropped because they were
+    self.io_tokens = 0  # made durable, each request's own
+    self.io_seconds = 0.0  # spent on it by `complete`
     self._trained_steps = 0
     self._begin(progress_lib.Progress())
 
@@ -105,12 +104,21 @@ class GroupQueue:
       self._scheduler.expect(group.index)
     started = time.perf_counter()
     self._store.append(group)
-    features = drift_lib.features(self._store.info(group.index))
     with self._changed:
-      self.meter.generate(features)
       self.io_seconds += time.perf_counter() - started
-      self.io_tokens += _tokens(group)
-      self._scheduler.complete(group.index)
+    self.adopt(group.index)
+
+  def adopt(self, index: int) -> None:
+    """Shows the trainer a group that is stored, by whichever process.
+
+    Raises:
+      PoolError: it is not stored, or its index was never admitted.
+    """
+    info = self._store.info(index)
+    with self._changed:
+      self._scheduler.complete(index)
+      self.meter.generate(drift_lib.features(info))
+      self.io_tokens += info.request_tokens
       self._notify()
 
   def take(self, count: int, timeout: float | None = None) -> list[types.Group]:
@@ -211,7 +219,7 @@ class GroupQueue:
       self._notify()
 
   def curated(self) -> Mapping[str, int]:
-    """What the curation has done so far: counts by metric."""
+    """What was dropped, edited or late so far: counts by metric."""
     return dict(self._curation.counts)
 
   def stats(self) -> Mapping[str, int]:
@@ -313,6 +321,8 @@ class GroupQueue:
       for ticket, again in dropped:
         scheduler.drop(ticket, again)
       step = self._trained_steps + len(self._claims)
+      late = [ticket for ticket, again in dropped if again]
+      self._draft.count_late(trained, late, step)
       moment = curation_lib.Moment(step, (), count)
     groups = [
       self._curation.edit(self._store.get(index), moment)
@@ -357,14 +367,13 @@ class GroupQueue:
       taken, expired = scheduler.take(
         min(count - len(self._draft.kept), scheduler.available()), step
       )
-      self._over_lag += sum(scheduler.lag(t, step) > 0 for t in taken)
+      self._draft.count_late(taken, expired, step)
       self._draft.dropped += [(ticket, True) for ticket in expired]
-      self._expired += len(expired)
       self._notify()
       return taken
 
   def _figures(self) -> dict[str, int]:
-    scheduler = self._scheduler
+    scheduler, counts = self._scheduler, self._curation.counts
     return {
       "trained_steps": self._trained_steps,
       "claimed": sum(len(c.trained) for c in self._claims)
@@ -376,8 +385,8 @@ class GroupQueue:
       "available": scheduler.available(),
       "admissible": scheduler.admissible(self._trained_steps),
       "window": scheduler.width,
-      "over_lag": self._over_lag,
-      "expired": self._expired,
+      "over_lag": counts[names.QUEUE_OVER_LAG],
+      "expired": counts[names.QUEUE_EXPIRED],
     }
 
   def _require_alive(self) -> None:
@@ -389,11 +398,3 @@ class GroupQueue:
     self._changed.notify_all()
     for waiter in self._waiters:
       waiter.wake()
-
-
-def _tokens(group: types.Group) -> int:
-  return sum(
-    len(completion.prompt_ids) + len(completion.response_ids)
-    for episode in group.episodes
-    for completion in episode.completions
-  )

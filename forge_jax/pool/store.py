@@ -40,6 +40,7 @@ from forge_jax.pool import log as log_lib
 _LOG = logging.getLogger(__name__)
 
 PoolConfig = log_lib.LogConfig
+ELSEWHERE = "postgres"  # a file in the folder of a pool with such an index
 
 
 class DataPool:
@@ -82,6 +83,7 @@ class DataPool:
       if readonly:
         return cls(folder, _read_all(folder), None)
       make_folder(folder)
+      require_embedded(folder)
       with contextlib.ExitStack() as undo:
         lock = recovery.take_lock(folder)
         undo.callback(os.close, lock)
@@ -254,6 +256,19 @@ class DataPool:
       raise errors.PoolError(
         f"{self.path}: {name} cannot be appended: {error}"
       ) from error
+
+
+def require_embedded(folder: pathlib.Path) -> None:
+  """Raises where a pool's index is in PostgreSQL.
+
+  Raises:
+    PoolError: it is.
+  """
+  if (folder / ELSEWHERE).exists():
+    raise errors.PoolError(
+      f"{folder} has its index in PostgreSQL: open it with "
+      "`postgres.open_pool`, or here with readonly=True"
+    )
 
 
 def make_folder(path: pathlib.Path) -> None:

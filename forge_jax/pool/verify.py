@@ -12,7 +12,7 @@ import pathlib
 from forge_jax import errors
 from forge_jax.pool import index as index_lib
 from forge_jax.pool import log as log_lib
-from forge_jax.pool import records, recovery, segment
+from forge_jax.pool import records, recovery, segment, store
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -40,6 +40,7 @@ def verify(path: str | os.PathLike, *, repair: bool = False) -> Report:
   folder = pathlib.Path(path)
   if not folder.is_dir():
     raise errors.PoolError(f"{folder}: there is no pool in this folder")
+  store.require_embedded(folder)
   try:
     with contextlib.ExitStack() as stack:
       stack.callback(os.close, recovery.take_lock(folder))

@@ -1,8 +1,8 @@
 """The rollout host: it turns tasks into completed groups, for ever.
 
 Invariants:
-  1. Every index that the queue admitted ends as one completed group, is given
-     back (cancellation), or the queue has failed (host failure).
+  1. Every index that was admitted ends as one completed group, is given back
+     (cancellation), or the host has failed.
   2. A group is completed when all its G episodes have ended; each has ended
      by its deadline, so that a hung agent holds the window for a bounded time.
   3. When `run` returns, by whatever way, no episode is running and every
@@ -22,7 +22,6 @@ from forge_jax import errors, types
 from forge_jax.agents import base as agents_base
 from forge_jax.gateway import client
 from forge_jax.pool import progress
-from forge_jax.pool import queue as queue_lib
 from forge_jax.rollout import episode as episode_lib
 from forge_jax.tasks import base as tasks_base
 
@@ -69,8 +68,28 @@ class Mixture(Protocol):
     """Most new tokens of one completion."""
 
 
+class Work(Protocol):
+  """Where a host gets tickets and leaves groups.
+
+  The trainer's queue (`pool.queue.GroupQueue`), or what a host of another
+  process leases (`leases.Leases`).
+  """
+
+  async def admit(self) -> progress.Ticket:
+    """Waits until a group may be started; says which."""
+
+  def release(self, index: int) -> None:
+    """Gives back an admitted group that will not be completed here."""
+
+  def complete(self, group: types.Group) -> None:
+    """Makes a group durable; blocks, and is called on other threads."""
+
+  def fail(self, error: BaseException) -> None:
+    """Makes every waiting and later call raise `error`."""
+
+
 class RolloutHost:
-  """Fills a queue with groups; used from one asyncio loop."""
+  """Turns tickets into groups; used from one asyncio loop."""
 
   def __init__(
     self,
@@ -78,12 +97,12 @@ class RolloutHost:
     mixture: Mixture,
     agent: agents_base.Agent,
     gateway: client.GatewayClient,
-    queue: queue_lib.GroupQueue,
+    work: Work,
     model_name: str,
   ):
     self._config = config
     self._mixture = mixture
-    self._queue = queue
+    self._work = work
     self._runner = episode_lib.EpisodeRunner(
       agent,
       gateway,
@@ -100,17 +119,17 @@ class RolloutHost:
 
     Raises:
       GatewayError: the gateway could not be used, after several attempts.
-      PoolError: a group could not be stored, or the queue is closed.
-      Exception: what else made the host fail. The queue has failed with it.
+      PoolError: a group could not be stored, or there is no work any more.
+      Exception: what else made the host fail. The work has failed with it.
     """
     try:
       async with asyncio.TaskGroup() as groups:
         while True:
-          ticket = await self._queue.admit()
+          ticket = await self._work.admit()
           groups.create_task(self._serve(ticket), name=f"group {ticket.index}")
     except ExceptionGroup as failures:
       failure = episode_lib.first_failure(failures)
-      self._queue.fail(failure)
+      self._work.fail(failure)
       raise failure from failures
 
   def stats(self) -> Mapping[str, float]:
@@ -133,11 +152,11 @@ class RolloutHost:
     try:
       group = await self._roll_out(ticket)
     except asyncio.CancelledError:
-      self._queue.release(ticket.index)
+      self._work.release(ticket.index)
       raise
     # On a thread, because it waits for the disk. Once begun it ends, even if
     # this task is cancelled.
-    await asyncio.to_thread(self._queue.complete, group)
+    await asyncio.to_thread(self._work.complete, group)
     self._counts["groups"] += 1
 
   async def _roll_out(self, ticket: progress.Ticket) -> types.Group:
