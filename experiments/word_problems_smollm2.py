@@ -26,7 +26,14 @@ from forge_jax.engine import config as engine_config
 from forge_jax.gateway import server
 from forge_jax.model import sharding
 from forge_jax.observe import metrics
-from forge_jax.pool import curation, drift, window
+from forge_jax.pool import (
+  compaction,
+  curation,
+  drift,
+  postgres,
+  store,
+  window,
+)
 from forge_jax.rollout import evaluation, host
 from forge_jax.tasks import word_problems
 from forge_jax.trainer import checkpoint, credit, trainer, update
@@ -85,6 +92,9 @@ def get_config() -> ml_collections.ConfigDict:
     "credit": settings.defaults(credit.CreditConfig),
     "curation": settings.defaults(curation.CurationConfig),
     "drift": settings.defaults(drift.DriftConfig),
+    "pool": settings.defaults(store.PoolConfig)
+    | settings.defaults(postgres.SharedConfig)
+    | settings.defaults(compaction.Retention),
     # Small packs: late steps, where most groups agree, have little to train.
     "pack": settings.defaults(pack.PackConfig, tokens=512, edges=512, rows=512),
     # Eight groups an update hold every one of the six question templates; with

@@ -1,13 +1,13 @@
 """From an experiment's configuration to the components of a run."""
 
 from collections.abc import Mapping
+import dataclasses
 from typing import Any
 
 from flax import nnx
 import jax.numpy as jnp
 
 from forge_jax import errors, paths, settings, types
-from forge_jax.agents import context, react
 from forge_jax.engine import config as engine_config
 from forge_jax.engine import engine as engine_lib
 from forge_jax.engine import grammar
@@ -16,26 +16,17 @@ from forge_jax.gateway import tokenizer as tokenizer_lib
 from forge_jax.model import decoder as decoder_lib
 from forge_jax.model import files, mtp, sharding
 from forge_jax.observe import metrics as metrics_lib
-from forge_jax.pool import chain, curation, drift, replay, window
+from forge_jax.pool import chain, curation, drift, replay
 from forge_jax.pool import queue as queue_lib
 from forge_jax.pool import store as store_lib
-from forge_jax.rollout import evaluation, host
-from forge_jax.tasks import base as tasks_base
-from forge_jax.tasks import mixture, word_problems
+from forge_jax.pool import tickets as tickets_lib
+from forge_jax.rollout import evaluation
 from forge_jax.trainer import checkpoint, credit, trainer, update
 from forge_jax.tree import pack
-from launch import services
+from launch import keys, pool_side, rollout_side, services
 
-_DOMAINS = {
-  "word_problems": (
-    word_problems.WordProblems,
-    word_problems.WordProblemsConfig,
-  ),
-}
 _SECTIONS = {
-  "agent": react.ReactConfig,
   "checkpoint": checkpoint.CheckpointConfig,
-  "context": context.ContextConfig,
   "credit": credit.CreditConfig,
   "curation": curation.CurationConfig,
   "drift": drift.DriftConfig,
@@ -47,8 +38,9 @@ _SECTIONS = {
   "pack": pack.PackConfig,
 }
 # These are not, or not only, one component's.
-_TOP = {"name", "question", "seed", "steps", "model", "domains"} | {
-  "rollout",  # RolloutConfig and WindowConfig
+_TOP = {"name", "question", "seed", "steps", "model"} | {
+  *("agent", "context", "domains", "rollout"),  # see RolloutSide
+  "pool",  # see PoolSide
   "trainer",  # TrainerConfig and UpdateConfig
 }
 
@@ -82,23 +74,8 @@ class Blueprint:
       (trainer.TrainerConfig, {}),
       (update.UpdateConfig, {"block": packs.block}),
     )
-    curated: curation.CurationConfig = self.parts["curation"]
-    groups = self._step.groups_per_step
-    groups -= curated.replayed(groups)
-    self.rollout, self.window = settings.shared_section(
-      values["rollout"],
-      "rollout",
-      (host.RolloutConfig, {"seed": self.seed}),
-      (
-        window.WindowConfig,
-        {"groups_per_step": groups, "total": self.steps * groups},
-      ),
-    )
-    self._build_domains(values["domains"])
-
-  def mixture(self) -> mixture.TaskMixture:
-    """The training tasks."""
-    return mixture.TaskMixture(self.domains, self._weights, "train", self.seed)
+    self.side = rollout_side.RolloutSide(values)
+    self.pool = pool_side.PoolSide(values)
 
   def load_decoder(self) -> decoder_lib.Decoder:
     """Reads the model; gives it modules that draft, if it lacks those asked for.
@@ -148,7 +125,7 @@ class Blueprint:
     old = config.replayed(self._step.groups_per_step)
     return queue_lib.GroupQueue(
       store,
-      self.window,
+      self.side.window,
       chain.build(config, store, trains),
       replay.Replay(store, old, config.replay_steps, self.seed)
       if old
@@ -169,9 +146,24 @@ class Blueprint:
     )
 
   def services(
-    self, decoder: decoder_lib.Decoder, version: int
+    self,
+    decoder: decoder_lib.Decoder,
+    version: int,
+    tickets: tickets_lib.Tickets | None = None,
   ) -> services.Services:
-    """Engine, gateway and agent around a decoder's weights."""
+    """Engine, gateway and agent around a decoder's weights.
+
+    Args:
+      decoder: of the engine.
+      version: of its weights.
+      tickets: of a shared pool that hosts of other processes fill.
+
+    Raises:
+      ConfigError: those hosts' key to the gateway is not in the environment.
+    """
+    gateway: server.GatewayConfig = self.parts["gateway"]
+    if tickets is not None:  # those hosts open sessions, too
+      gateway = dataclasses.replace(gateway, admin_token=keys.admin_token())
     tokenizer = self.load_tokenizer()
     engine = engine_lib.JaxEngine(
       decoder,
@@ -183,25 +175,7 @@ class Blueprint:
     return services.Services(
       engine,
       tokenizer,
-      self.parts["gateway"],
-      self.parts["agent"],
-      self.parts["context"],
-      self.rollout,
-      self.domains,
+      gateway,
+      self.side,
+      tickets,
     )
-
-  def _build_domains(self, sections: Mapping[str, Mapping[str, Any]]) -> None:
-    self.domains: dict[str, tasks_base.Domain] = {}
-    self._weights: dict[str, float] = {}
-    for name, values in sections.items():
-      if name not in _DOMAINS:
-        raise errors.ConfigError(
-          f"config.domains.{name} is unknown; known: {sorted(_DOMAINS)}"
-        )
-      domain, config = _DOMAINS[name]
-      section = dict(values)
-      self._weights[name] = section.pop("weight", 1.0)
-      section = settings.section(
-        config, section, f"domains.{name}", seed=self.seed
-      )
-      self.domains[name] = domain(section)

@@ -26,9 +26,10 @@ from forge_jax import errors, settings
 from forge_jax.model import decoder as decoder_lib
 from forge_jax.model import huggingface
 from forge_jax.observe import metrics as metrics_lib
-from forge_jax.pool import dataset
+from forge_jax.pool import compaction, dataset
 from forge_jax.pool import queue as queue_lib
 from forge_jax.pool import store as store_lib
+from forge_jax.pool import tickets as tickets_lib
 from forge_jax.trainer import checkpoint, loop, preparation
 from forge_jax.trainer import trainer as trainer_lib
 from launch import build, compilations, journal
@@ -43,6 +44,7 @@ _MAY_DIFFER = (
   "eval.",
   "gateway.",
   "observe.",
+  "pool.",
 )
 
 
@@ -78,9 +80,7 @@ class LocalRun:
         self._workdir / "config.json",
         json.dumps(self._values, indent=2) + "\n",
       )
-      store = stack.enter_context(
-        store_lib.DataPool.open(self._workdir / "pool")
-      )
+      store, tickets = self._open_pool(stack)
       checkpointer = checkpoint.Checkpointer(
         self._workdir, plan.parts["checkpoint"]
       )
@@ -95,15 +95,26 @@ class LocalRun:
       stack.callback(batches.close)  # after the queue, for which it waits
       stack.callback(queue.close)
       loop.restore(trainer, batches, checkpointer)
-      services = plan.services(updater.decoder(trainer.state), trainer.step)
+      services = plan.services(
+        updater.decoder(trainer.state), trainer.step, tickets
+      )
       with recorder_lib.Recorder(
         plan, self._workdir, trainer.step, self._started
       ) as recorder:
         recorder.display.note("starting the engine")
         stack.enter_context(services)
         recorder.watch(services, queue)
+        collector = compaction.Collector(store, plan.pool.retention)
+        stack.callback(collector.close)
         self._run(
-          trainer, batches, queue, checkpointer, stop, services, recorder
+          trainer,
+          batches,
+          queue,
+          checkpointer,
+          stop,
+          services,
+          recorder,
+          collector,
         )
         if trainer.step >= plan.steps:
           self._finish(recorder, trainer.step)
@@ -122,6 +133,7 @@ class LocalRun:
     stop: loop.StopSignal,
     services: services_lib.Services,
     recorder: recorder_lib.Recorder,
+    collector: compaction.Collector,
   ) -> None:
     plan = self._plan
 
@@ -137,8 +149,9 @@ class LocalRun:
     if trainer.step in (0, plan.steps):
       evaluate(trainer.step)
     if trainer.step < plan.steps and not stop.requested:
-      services.start_host(plan.mixture(), queue)
-      recorder.display.note("training")
+      services.start_host(queue)
+      where = f"; rollout hosts use {services.gateway_url}"
+      recorder.display.note(f"training{where if plan.pool.shared else ''}")
     loop.train(
       trainer,
       batches,
@@ -150,7 +163,20 @@ class LocalRun:
       publish=services.engine.update_weights,
       evaluate=evaluate,
       record=recorder.record_step,
+      retire=collector.collect,
     )
+
+  def _open_pool(
+    self, stack: contextlib.ExitStack
+  ) -> tuple[store_lib.DataPool, tickets_lib.Tickets | None]:
+    """The pool, and its tickets where hosts of other processes fill it."""
+    store = stack.enter_context(self._plan.pool.open(self._workdir / "pool"))
+    if not self._plan.pool.shared:
+      return store, None
+    tickets = self._plan.pool.tickets()
+    stack.callback(tickets.close)
+    tickets.take_over()
+    return store, tickets
 
   def _finish(self, recorder: recorder_lib.Recorder, steps: int) -> None:
     """Writes the summary and the report, prints the table."""

@@ -10,13 +10,12 @@ from collections.abc import Coroutine, Mapping
 import threading
 from typing import Any
 
-from forge_jax.agents import context, react
 from forge_jax.engine import engine as engine_lib
 from forge_jax.gateway import client, server
 from forge_jax.pool import queue as queue_lib
-from forge_jax.rollout import evaluation, host
-from forge_jax.tasks import base as tasks_base
-from forge_jax.tasks import mixture as mixture_lib
+from forge_jax.pool import tickets as tickets_lib
+from forge_jax.rollout import evaluation, host, offers
+from launch import rollout_side
 
 
 class Services:
@@ -27,17 +26,14 @@ class Services:
     engine: engine_lib.JaxEngine,
     tokenizer: Any,
     gateway_config: server.GatewayConfig,
-    agent_config: react.ReactConfig,
-    context_config: context.ContextConfig,
-    rollout_config: host.RolloutConfig,
-    domains: Mapping[str, tasks_base.Domain],
+    side: rollout_side.RolloutSide,
+    tickets: tickets_lib.Tickets | None = None,
   ):
+    """Builds everything; with `tickets`, hosts of other processes roll out."""
     self.engine = engine
     self._gateway_config = gateway_config
-    self._agent_config = agent_config
-    self._context_config = context_config
-    self._rollout = rollout_config
-    self._domains = domains
+    self._side = side
+    self._tickets = tickets
     self._gateway = server.Gateway(engine, tokenizer, gateway_config)
     self._loop = asyncio.new_event_loop()
     self._thread = threading.Thread(
@@ -64,11 +60,14 @@ class Services:
       self._stop_loop()
       self.engine.stop()
 
-  def start_host(
-    self, mixture: mixture_lib.TaskMixture, queue: queue_lib.GroupQueue
-  ) -> None:
-    """Begins to fill the queue, until the services stop."""
-    self._call(self._start_host(mixture, queue))
+  @property
+  def gateway_url(self) -> str:
+    """Where agents reach the gateway."""
+    return self._gateway.url
+
+  def start_host(self, queue: queue_lib.GroupQueue) -> None:
+    """Begins to fill the queue, or to let others, until the services stop."""
+    self._call(self._start_host(queue))
 
   def host_stats(self) -> Mapping[str, float]:
     """The host's counts; empty before it starts."""
@@ -82,14 +81,14 @@ class Services:
     """
     result = self._call(
       evaluation.evaluate(
-        list(self._domains.values()),
+        list(self._side.domains.values()),
         split,
         count,
         self._agent,
         self._client,
         model_name=self._gateway_config.model_name,
-        permits=self._rollout.permits,
-        deadline_seconds=self._rollout.deadline_seconds,
+        permits=self._side.rollout.permits,
+        deadline_seconds=self._side.rollout.deadline_seconds,
       )
     )
     self.engine.flush_cache()
@@ -100,20 +99,22 @@ class Services:
     self._client = client.GatewayClient(
       self._gateway.url, self._gateway.admin_token
     )
-    self._agent = react.ReactAgent(
-      self._agent_config, context=self._context_config
-    )
+    self._agent = self._side.make_agent()
 
-  async def _start_host(self, mixture, queue) -> None:
-    self._host = host.RolloutHost(
-      self._rollout,
-      mixture,
-      self._agent,
-      self._client,
-      queue,
-      self._gateway_config.model_name,
-    )
-    self._host_task = asyncio.create_task(self._host.run(), name="host")
+  async def _start_host(self, queue) -> None:
+    if self._tickets is not None:
+      filling = offers.Offers(queue, self._tickets).run()
+    else:
+      self._host = host.RolloutHost(
+        self._side.rollout,
+        self._side.mixture(),
+        self._agent,
+        self._client,
+        queue,
+        self._gateway_config.model_name,
+      )
+      filling = self._host.run()
+    self._host_task = asyncio.create_task(filling, name="host")
 
   async def _stop(self) -> None:
     if self._host_task is not None:

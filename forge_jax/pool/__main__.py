@@ -176,12 +176,10 @@ def _export(options: argparse.Namespace, console: console_lib.Console) -> int:
 
 def _gc(options: argparse.Namespace, console: console_lib.Console) -> int:
   retention = compaction.Retention(
-    through=options.through,
-    keep_steps=options.keep_steps,
-    keep_bytes=int(options.keep_gb * 1e9),
+    keep_steps=options.keep_steps, keep_gb=options.keep_gb
   )
   with store.DataPool.open(options.path) as pool:
-    done = compaction.collect(pool, retention)
+    done = compaction.collect(pool, retention, options.through)
   console.print(
     f"dropped {done.groups} groups, emptied {done.segments} segments, freed "
     f"{done.bytes / 1e6:,.1f} MB"

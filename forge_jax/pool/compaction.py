@@ -1,8 +1,8 @@
 """What leaves a pool: groups by a retention policy, dead bytes, damage.
 
 Invariants:
-  1. A group is dropped only if a step up to `through` consumed it: a restart
-     from a checkpoint of that step, or of a later one, does not ask for it.
+  1. A group is dropped only if a step up to the oldest checkpoint consumed it:
+     a restart from that checkpoint, or a later one, does not ask for it.
   2. Claims and notes are kept for good.
   3. A live record is stored again, and the index points to it, before the
      segment it was in is emptied. A crash in between leaves dead bytes.
@@ -15,29 +15,33 @@ yet are there again; the next run of `collect` drops them again.
 
 from collections.abc import Sequence
 import dataclasses
+import logging
+import threading
 
 from forge_jax import errors
 from forge_jax.pool import index as index_lib
 from forge_jax.pool import log as log_lib
 from forge_jax.pool import records, recovery, segment, store
 
+_LOG = logging.getLogger(__name__)
 _BATCH_BYTES = 64 * 2**20  # of records that are stored again together
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Retention:
-  """Which groups stay, and when a segment is worth rewriting."""
+  """Which consumed groups stay, and when a segment is worth rewriting."""
 
-  through: int = 0  # groups consumed by steps up to this one may go
-  keep_steps: int = 0  # but not those of the last steps before it
-  keep_bytes: int = 0  # nor, newest first, while records of groups take less
+  # Steps before the oldest checkpoint whose groups stay; -1: all groups stay.
+  keep_steps: int = -1
+  keep_gb: float = 0.0  # the newest stay while the groups take less, 1e9 bytes
   dead_share: float = 0.3  # of a segment's bytes, from which on it is rewritten
 
   def __post_init__(self):
-    for name in ("through", "keep_steps", "keep_bytes"):
-      if getattr(self, name) < 0:
+    for name, least in (("keep_steps", -1), ("keep_gb", 0)):
+      if getattr(self, name) < least:
         raise errors.ConfigError(
-          f"retention {name} is {getattr(self, name)}; expected at least 0"
+          f"retention {name} is {getattr(self, name)}; expected at least "
+          f"{least}"
         )
     if not 0 < self.dead_share <= 1:
       raise errors.ConfigError(
@@ -54,36 +58,55 @@ class Collected:
   bytes: int  # freed on the disk, what was stored again taken off
 
 
-def collect(pool: store.DataPool, retention: Retention) -> Collected:
+def collect(
+  pool: store.DataPool, retention: Retention, through: int
+) -> Collected:
   """Drops what the policy does not keep and empties mostly dead segments.
+
+  The pool may be in use meanwhile. The emptiest segments come first: on a full
+  disk they make the room in which others are rewritten.
+
+  Args:
+    pool: of the groups.
+    retention: the policy.
+    through: step of the oldest checkpoint from which a run shall continue.
 
   Raises:
     PoolError: the pool is read-only, or a live record is damaged.
   """
   log = pool.writing("nothing can be collected")
-  dropped = _droppable(pool, retention)
+  dropped = _droppable(pool, retention, through)
   pool.index.delete(records.GROUP, dropped)
-  log.rotate()
   before = _total(pool.index)
   emptied = 0
-  for number, size in sorted(pool.index.sizes().items()):
-    rows = pool.index.within(number)
-    live = sum(row.length for row in rows)
+  dead = _mostly_dead(pool.index, retention.dead_share)
+  if log.number in dead:
+    log.rotate()
+  for number in dead:
     # The segment that this call stores records in is the log's own.
-    if (
-      size
-      and number != log.number
-      and live <= size * (1 - retention.dead_share)
-      and not pool.index.occupied(number)
-    ):
-      _move(pool, log, rows)
+    if number != log.number and not pool.index.occupied(number):
+      _move(pool, log, pool.index.within(number))
       _empty(pool, number)
       emptied += 1
   return Collected(len(dropped), emptied, before - _total(pool.index))
 
 
-def _droppable(pool: store.DataPool, retention: Retention) -> list[int]:
-  last = retention.through - retention.keep_steps
+def _mostly_dead(index: index_lib.Index, share: float) -> list[int]:
+  """Segments of which at least a share is dead, the emptiest first."""
+  found = []
+  for number, size in index.sizes().items():
+    live = sum(row.length for row in index.within(number))
+    if size and live <= size * (1 - share):
+      found.append((live, number))
+  return [number for _, number in sorted(found)]
+
+
+def _droppable(
+  pool: store.DataPool, retention: Retention, through: int
+) -> list[int]:
+  if retention.keep_steps < 0:
+    return []
+  last = through - retention.keep_steps
   stored = {info.index: info.bytes for info in pool.infos()}
   old = [
     index
@@ -99,7 +122,7 @@ def _droppable(pool: store.DataPool, retention: Retention) -> list[int]:
   total = sum(stored.values())
   dropped = []
   for index in dict.fromkeys(old):  # the oldest step's first
-    if total <= retention.keep_bytes:
+    if total <= retention.keep_gb * 1e9:
       break
     if index not in needed:
       dropped.append(index)
@@ -129,3 +152,44 @@ def _move(
 def _empty(pool: store.DataPool, number: int) -> None:
   pool.index.add([], {number: 0})
   recovery.cut(segment.path_of(pool.path, number), 0)
+
+
+class Collector:
+  """Applies a retention policy beside a run, on a thread of its own."""
+
+  def __init__(self, pool: store.DataPool, retention: Retention):
+    self._pool, self._retention = pool, retention
+    self._thread: threading.Thread | None = None
+
+  def collect(self, through: int) -> None:
+    """Begins to collect, unless nothing may go or it is under way already.
+
+    Args:
+      through: as of `collect`.
+    """
+    if self._retention.keep_steps < 0 or (
+      self._thread is not None and self._thread.is_alive()
+    ):
+      return
+    self._thread = threading.Thread(
+      target=self._run, args=(through,), name="collector"
+    )
+    self._thread.start()
+
+  def close(self) -> None:
+    """Waits for what is under way."""
+    if self._thread is not None:
+      self._thread.join()
+
+  def _run(self, through: int) -> None:
+    try:
+      done = collect(self._pool, self._retention, through)
+    except errors.PoolError as error:
+      # Nothing is lost by it: training goes on, and the next call tries again.
+      _LOG.warning("%s: retention failed: %s", self._pool.path, error)
+      return
+    if done.groups or done.segments:
+      _LOG.info(
+        "%s: dropped %d groups up to step %d, freed %.1f MB",
+        *(self._pool.path, done.groups, through, done.bytes / 1e6),
+      )

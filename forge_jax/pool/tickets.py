@@ -50,7 +50,6 @@ _ADD = (
 )
 
 
-
 class Database(index_lib.Database, Protocol):
   """A connection to PostgreSQL."""
 
@@ -142,3 +141,7 @@ class Tickets:
     info = records.group_info(row.head, row.length)
     key = info.index, info.number, info.attempt
     return bool(self._database.execute(_ADD, (*row, *key)).rowcount)
+
+  def close(self) -> None:
+    """Closes the connection, and ends what `take_over` took."""
+    self._database.close()

@@ -81,6 +81,15 @@ class Checkpointer:
     """Step of the newest complete checkpoint; None: there is none."""
     return max(self.steps(), default=None)
 
+  @property
+  def oldest_step(self) -> int | None:
+    """Step of the oldest of the `keep` newest complete ones, if there are.
+
+    A restart goes no further back, but by hand.
+    """
+    newest = self.steps()[-self.config.keep :]
+    return newest[0] if len(newest) == self.config.keep else None
+
   def steps(self) -> list[int]:
     """The steps of the complete checkpoints, good or damaged, ascending."""
     return sorted(

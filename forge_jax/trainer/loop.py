@@ -91,6 +91,7 @@ def train(
   publish: Callable[[types.WeightsVersion], None],
   evaluate: Callable[[int], None],
   record: Callable[[int, Mapping[str, Any]], None],
+  retire: Callable[[int], None],
 ) -> None:
   """Trains until `steps` steps are taken or a stop is requested.
 
@@ -108,6 +109,8 @@ def train(
     publish: gives an engine the new weights; must copy them.
     evaluate: called after each step with the step number.
     record: called after each step with its number and metrics.
+    retire: called when a checkpoint has been begun, with the step of the oldest
+      of the newest ones: no restart needs what was consumed up to it.
   """
   saved = trainer.step if checkpointer.latest_step is not None else None
   position = batches.get_state()
@@ -133,6 +136,8 @@ def train(
     if checkpointer.due(trainer.step):
       save(trainer, position, checkpointer, seed)
       saved = trainer.step
+      if (oldest := checkpointer.oldest_step) is not None:
+        retire(oldest)
   if saved != trainer.step:
     save(trainer, position, checkpointer, seed)
   checkpointer.wait()

@@ -199,7 +199,7 @@ def test_what_was_trained_can_be_dropped(opener):
     pool.claim(records.Claim(1, trained=(0, 1, 2, 3)))
   size = opener.size()
   with opener() as pool:
-    done = compaction.collect(pool, compaction.Retention(through=1))
+    done = compaction.collect(pool, compaction.Retention(keep_steps=0), 1)
     assert done.groups == 4 and done.bytes == size - opener.size() > 0
     assert_holds(pool, [4, 5])
   with opener() as pool:

@@ -1,34 +1,11 @@
-"""A pool of several hosts: leases, dead hosts, a lost or a wrong database."""
-
-import os
-import pathlib
-import signal
-import subprocess
-import sys
-import threading
-import time
+"""A pool of several hosts: their segments, a lost or a wrong database."""
 
 import pytest
 import sample_groups
 
 from forge_jax import errors
-from forge_jax.pool import postgres, progress, segment, store
-
-
-@pytest.fixture
-def connect(postgres_server, request):
-  """Connects to a schema of this test's own."""
-  schema = f"test_{abs(hash(request.node.name))}"
-  opened = []
-
-  def call():
-    opened.append(postgres.Postgres(postgres_server, schema))
-    return opened[-1]
-
-  call.arguments = (postgres_server, schema)
-  yield call
-  for database in opened:
-    database.close()
+from forge_jax.pool import compaction, postgres, records, segment, store
+from forge_jax.pool import verify as verify_lib
 
 
 def test_hosts_append_to_segments_of_their_own(connect, tmp_path):
@@ -45,104 +22,6 @@ def test_hosts_append_to_segments_of_their_own(connect, tmp_path):
         expected = sample_groups.make_group(index, seed=index)
         sample_groups.assert_same(expected, pool.get(index))
   assert segment.numbers(tmp_path) == [0, 1]
-
-
-def test_an_item_is_leased_by_one_host_at_a_time(connect):
-  """Eight connections at once: each item once, in order for each host."""
-  tickets = [progress.Ticket(i, i + 100, i % 2, 7) for i in range(60)]
-  offers = postgres.Tickets(connect())
-  for ticket in tickets:
-    offers.offer(ticket)
-    offers.offer(ticket)
-  databases = [connect() for _ in range(8)]
-  taken = [[] for _ in databases]
-
-  def work(number):
-    mine = postgres.Tickets(databases[number])
-    while ticket := mine.lease(f"host {number}", 60.0):
-      taken[number].append(ticket)
-
-  threads = [threading.Thread(target=work, args=(n,)) for n in range(8)]
-  for thread in threads:
-    thread.start()
-  for thread in threads:
-    thread.join()
-  assert sorted(t for one in taken for t in one) == tickets
-  assert all(one == sorted(one) for one in taken)
-  assert offers.open_items() == list(range(60))
-  offers.withdraw(range(59))
-  assert offers.open_items() == [59]
-
-
-def test_a_lease_ends_unless_it_is_renewed(connect):
-  tickets = postgres.Tickets(connect())
-  tickets.offer(progress.Ticket(0, 0, 0, 0))
-  assert tickets.lease("a", 60.0).index == 0
-  assert tickets.lease("b", 60.0) is None
-  assert tickets.renew("a", 0, 0.0) and not tickets.renew("b", 0, 60.0)
-  time.sleep(0.01)
-  assert tickets.lease("b", 60.0).index == 0  # a's lease was over
-  assert not tickets.renew("a", 0, 60.0)
-  tickets.give_back("a", 0)  # a has it no longer
-  assert tickets.lease("c", 60.0) is None
-  tickets.give_back("b", 0)
-  assert tickets.lease("c", 60.0).index == 0
-
-
-_HOST = """
-import sys
-import sample_groups
-from forge_jax.pool import postgres
-path, server, schema, name = sys.argv[1:]
-database = postgres.Postgres(server, schema)
-tickets = postgres.Tickets(postgres.Postgres(server, schema))
-pool = postgres.open_pool(path, database)
-print("open", flush=True)
-while ticket := tickets.lease(name, 0.5):
-  pool.append(sample_groups.make_group(ticket.index, seed=ticket.index))
-  print(ticket.index, flush=True)
-  tickets.withdraw([ticket.index])
-"""
-
-
-def start_host(path, connect, name):
-  folder = pathlib.Path(__file__).parent
-  root = folder.parent.parent
-  environ = os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{folder}"}
-  return subprocess.Popen(
-    [sys.executable, "-c", _HOST, str(path), *connect.arguments, name],
-    stdout=subprocess.PIPE,
-    env=environ,
-    text=True,
-  )
-
-
-def test_hosts_that_die_lose_nothing_and_others_take_over(connect, tmp_path):
-  """One host is killed in the middle, another one finishes."""
-  tickets = postgres.Tickets(connect())
-  for index in range(60):
-    tickets.offer(progress.Ticket(index, index, 0, 0))
-  acknowledged = []
-  for name in ("first", "second"):
-    with start_host(tmp_path, connect, name) as host:
-      assert host.stdout.readline() == "open\n"
-      if name == "first":
-        for _ in range(25):
-          acknowledged.append(int(host.stdout.readline()))
-        host.send_signal(signal.SIGKILL)
-      acknowledged += map(int, host.stdout.read().split("\n")[:-1])
-    if name == "second":
-      assert host.returncode == 0
-    time.sleep(0.6)  # until the dead host's lease is over
-  left = tickets.open_items()
-  with postgres.open_pool(tmp_path, connect()) as pool:
-    assert set(acknowledged) <= set(pool.indices())
-    # What a host had stored and not withdrawn is stored, and still on offer.
-    assert set(pool.indices()) | set(left) == set(range(60))
-    for index in pool.indices():
-      expected = sample_groups.make_group(index, seed=index)
-      sample_groups.assert_same(expected, pool.get(index))
-  assert len(acknowledged) > 30
 
 
 def test_a_lost_index_is_made_again(connect, tmp_path):
@@ -183,3 +62,41 @@ def test_what_cannot_be_used_is_named(connect, postgres_server, tmp_path):
   connect().execute("UPDATE meta SET value = '9' WHERE name = 'schema'")
   with pytest.raises(errors.PoolError, match="schema version 9"):
     postgres.open_pool(tmp_path, connect())
+
+
+def test_a_segment_that_another_host_appends_to_is_left_alone(
+  connect, tmp_path
+):
+  retention = compaction.Retention(keep_steps=0)
+  with postgres.open_pool(tmp_path, connect()) as trainer:
+    host = postgres.open_pool(tmp_path, connect())
+    host.append(sample_groups.make_group(0, seed=0))
+    trainer.append(sample_groups.make_group(1, seed=1))
+    trainer.claim(records.Claim(1, trained=(0,)))
+    assert compaction.collect(trainer, retention, 1).segments == 0
+    host.append(sample_groups.make_group(2, seed=2))  # goes on undisturbed
+    assert trainer.indices() == [1, 2]
+    trainer.claim(records.Claim(2, trained=(2,)))
+    host.close()
+    assert compaction.collect(trainer, retention, 2).segments == 1
+    sample_groups.assert_same(
+      sample_groups.make_group(1, seed=1), trainer.get(1)
+    )
+  assert segment.path_of(tmp_path, 0).stat().st_size == 0
+
+
+def test_pools_and_databases_that_do_not_belong_together(connect, tmp_path):
+  shared, embedded = tmp_path / "shared", tmp_path / "embedded"
+  with postgres.open_pool(shared, connect()) as pool:
+    pool.append(sample_groups.make_group(0, seed=0))
+  with pytest.raises(errors.PoolError, match="its index in PostgreSQL"):
+    store.DataPool.open(shared)
+  with pytest.raises(errors.PoolError, match="its index in PostgreSQL"):
+    verify_lib.verify(shared, repair=True)
+  with store.DataPool.open(shared, readonly=True) as reader:
+    assert reader.indices() == [0]
+  store.DataPool.open(embedded).close()
+  with pytest.raises(errors.PoolError, match="is an embedded pool"):
+    postgres.open_pool(embedded, connect())
+  with pytest.raises(errors.PoolError, match="of another pool: it knows seg"):
+    postgres.open_pool(tmp_path / "other", connect())

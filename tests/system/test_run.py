@@ -15,7 +15,7 @@ from forge_jax.model import huggingface
 from forge_jax.observe import metrics as metrics_lib
 from forge_jax.observe import names
 from forge_jax.pool import store
-from launch import build, local
+from launch import local, rollout_side
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -23,7 +23,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 @pytest.fixture
 def values(model, monkeypatch):
   monkeypatch.setitem(
-    build._DOMAINS, "even", (small_run.Even, small_run.EvenConfig)
+    rollout_side.DOMAINS, "even", (small_run.Even, small_run.EvenConfig)
   )
   return small_run.values(model)
 
