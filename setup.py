@@ -57,9 +57,14 @@ POOL = [
   "pyarrow>=17",
 ]
 MCP = ["mcp>=2.3"]
+TASKS = [
+  "math-verify>=0.8",
+  "reasoning-gym>=0.1.20",
+]
 TEST = [
   *MCP,
   *POOL,
+  *TASKS,
   "hypothesis>=6.100",
   "jsonschema>=4.20",
   "pytest>=8.4",
@@ -90,6 +95,8 @@ setuptools.setup(
     "pool": POOL,
     # Tools of MCP servers for white-box agents.
     "mcp": MCP,
+    # Tasks of reasoning-gym, and what scores them.
+    "tasks": TASKS,
     "test": TEST,
     "tpu": [*JAX, "jax[tpu]"],
     "cuda": [*JAX, "jax[cuda12]"],

@@ -21,7 +21,8 @@ Result:    greedy success on 200 held-out questions, seeds 0, 1, 2:
 import ml_collections
 
 from forge_jax import settings
-from forge_jax.agents import context, react
+from forge_jax.agents import context, react, toolbox
+from forge_jax.agents.sandbox import backends
 from forge_jax.engine import config as engine_config
 from forge_jax.gateway import server
 from forge_jax.model import sharding
@@ -110,6 +111,8 @@ def get_config() -> ml_collections.ConfigDict:
       evaluation.EvalConfig, phrasings=60, every=5, during=48
     ),
     "observe": settings.defaults(metrics.ObserveConfig),
+    "sandbox": settings.defaults(backends.SandboxConfig),
+    "tools": settings.defaults(toolbox.ToolboxConfig),
   }
   for name, values in sections.items():
     config[name] = ml_collections.ConfigDict(values)

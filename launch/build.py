@@ -40,6 +40,7 @@ _SECTIONS = {
 # These are not, or not only, one component's.
 _TOP = {"name", "question", "seed", "steps", "model"} | {
   *("agent", "context", "domains", "rollout"),  # see RolloutSide
+  *("sandbox", "tools"),  # likewise
   "pool",  # see PoolSide
   "trainer",  # TrainerConfig and UpdateConfig
 }

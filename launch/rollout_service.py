@@ -111,8 +111,7 @@ class RolloutService:
           self._gateway[0], self._gateway[1], ca_file=self._gateway[2]
         )
         stack.push_async_callback(gateway.aclose)
-        agent = self._side.make_agent()
-        stack.push_async_callback(agent.aclose)
+        agent = self._side.make_agent(stack)
         leased = leases.Leases(pool, tickets, self._leases)
         worker = host.RolloutHost(
           self._side.rollout,

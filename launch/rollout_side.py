@@ -1,21 +1,18 @@
 """What rolls out tasks, from a run's configuration; nothing imports JAX."""
 
 from collections.abc import Mapping
+import contextlib
 from typing import Any
 
-from forge_jax import errors, settings
-from forge_jax.agents import context, react
+from forge_jax import settings
+from forge_jax.agents import base as agents_base
+from forge_jax.agents import context, react, toolbox, workspace
+from forge_jax.agents.sandbox import backends
 from forge_jax.pool import curation, window
 from forge_jax.rollout import host
 from forge_jax.tasks import base as tasks_base
-from forge_jax.tasks import mixture, word_problems
-
-DOMAINS = {
-  "word_problems": (
-    word_problems.WordProblems,
-    word_problems.WordProblemsConfig,
-  ),
-}
+from forge_jax.tasks import mixture
+from launch import registry
 
 
 class RolloutSide:
@@ -31,6 +28,12 @@ class RolloutSide:
     self.agent = settings.section(react.ReactConfig, values["agent"], "agent")
     self.context = settings.section(
       context.ContextConfig, values["context"], "context"
+    )
+    self.sandbox = settings.section(
+      backends.SandboxConfig, values["sandbox"], "sandbox"
+    )
+    self.tools = settings.section(
+      toolbox.ToolboxConfig, values["tools"], "tools"
     )
     curated = settings.section(
       curation.CurationConfig, values["curation"], "curation"
@@ -49,23 +52,38 @@ class RolloutSide:
     self.domains: dict[str, tasks_base.Domain] = {}
     self._weights: dict[str, float] = {}
     for name, section in values["domains"].items():
-      self._add_domain(name, dict(section))
+      section = dict(section)
+      self._weights[name] = section.pop("weight", 1.0)
+      self.domains[name] = registry.build(
+        name, section, self.sandbox, seed=self.seed
+      )
 
   def mixture(self) -> mixture.TaskMixture:
     """The training tasks."""
     return mixture.TaskMixture(self.domains, self._weights, "train", self.seed)
 
-  def make_agent(self) -> react.ReactAgent:
-    """The agent; used from one asyncio loop."""
-    return react.ReactAgent(self.agent, context=self.context)
+  def make_agent(self, closing: contextlib.AsyncExitStack) -> agents_base.Agent:
+    """The agent; used from one asyncio loop.
 
-  def _add_domain(self, name: str, section: dict[str, Any]) -> None:
-    if name not in DOMAINS:
-      raise errors.ConfigError(
-        f"config.domains.{name} is unknown; known: {sorted(DOMAINS)}"
-      )
-    domain, config = DOMAINS[name]
-    self._weights[name] = section.pop("weight", 1.0)
-    self.domains[name] = domain(
-      settings.section(config, section, f"domains.{name}", seed=self.seed)
+    It has tools where a domain's work is done on files.
+
+    Args:
+      closing: gets what closes the agent.
+
+    Raises:
+      SandboxError: tools need sandboxes, and this machine cannot make any.
+    """
+    agent = react.ReactAgent(self.agent, context=self.context)
+    closing.push_async_callback(agent.aclose)
+    if not any(map(_works_on_files, self.domains.values())):
+      return agent
+    return workspace.WorkspaceAgent(
+      agent,
+      backends.make(self.sandbox),
+      workspace.WorkspaceConfig(self.tools),
     )
+
+
+def _works_on_files(domain: tasks_base.Domain) -> bool:
+  environment = domain.environment(domain.task("train", 0))
+  return isinstance(environment, tasks_base.Workspace)

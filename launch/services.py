@@ -7,6 +7,7 @@ here. Entering starts everything, leaving stops everything, whatever happened.
 
 import asyncio
 from collections.abc import Coroutine, Mapping
+import contextlib
 import threading
 from typing import Any
 
@@ -33,6 +34,7 @@ class Services:
     self.engine = engine
     self._gateway_config = gateway_config
     self._side = side
+    self._closing = contextlib.AsyncExitStack()  # what agents hold
     self._tickets = tickets
     self._gateway = server.Gateway(engine, tokenizer, gateway_config)
     self._loop = asyncio.new_event_loop()
@@ -99,7 +101,7 @@ class Services:
     self._client = client.GatewayClient(
       self._gateway.url, self._gateway.admin_token
     )
-    self._agent = self._side.make_agent()
+    self._agent = self._side.make_agent(self._closing)
 
   async def _start_host(self, queue) -> None:
     if self._tickets is not None:
@@ -121,7 +123,7 @@ class Services:
       self._host_task.cancel()
       # A failure of the host has reached the trainer through the queue.
       await asyncio.gather(self._host_task, return_exceptions=True)
-    await self._agent.aclose()
+    await self._closing.aclose()
     await self._client.aclose()
     await self._gateway.stop()
 

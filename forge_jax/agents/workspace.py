@@ -3,7 +3,8 @@
 With the tools `toolbox.TERMINAL` it is a terminal agent, with `toolbox.CODE` a
 code agent. It is a ReAct agent around a `tasks.base.Workspace`: the task's
 files go into a fresh sandbox, the model calls tools until it replies without a
-call, the files come out and are scored.
+call, the files come out and are scored. An environment that is no workspace is
+played without tools of the agent's.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,7 +27,8 @@ class WorkspaceEnvironment(
 class WorkspaceConfig:
   """What is worked with."""
 
-  tools: toolbox.ToolboxConfig | None = None  # None: a terminal agent's
+  # What of it an environment has no opinion on; None: a terminal agent's.
+  tools: toolbox.ToolboxConfig | None = None
   limits: sandbox_base.Limits | None = None  # None: the defaults
   most_files: int = 1000  # that are taken out at the end
   most_bytes: int = 64 * sandbox_base.MIB
@@ -51,7 +53,9 @@ class WorkspaceAgent:
     self._tools = self._config.tools or toolbox.ToolboxConfig()
 
   async def run(
-    self, environment: WorkspaceEnvironment, endpoint: base.Endpoint
+    self,
+    environment: WorkspaceEnvironment | tasks_base.Environment,
+    endpoint: base.Endpoint,
   ) -> types.Messages:
     """Plays one episode; returns the transcript.
 
@@ -60,9 +64,14 @@ class WorkspaceAgent:
         files count nevertheless.
       SandboxError: the sandbox cannot be made, died, or holds too many files.
     """
+    if not isinstance(environment, tasks_base.Workspace):
+      return await self._agent.run(environment, endpoint)
+    config = self._tools
+    if isinstance(environment, tasks_base.Equipped):
+      config = dataclasses.replace(config, tools=tuple(environment.toolset))
     async with await self._backend.open(self._config.limits) as box:
       await box.put(environment.files())
-      equipped = _Equipped(environment, toolbox.Toolbox(self._tools, box))
+      equipped = _Equipped(environment, toolbox.Toolbox(config, box))
       failure = None
       try:
         messages = await self._agent.run(equipped, endpoint)

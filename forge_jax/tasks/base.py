@@ -51,6 +51,15 @@ class Workspace(Protocol):
     """Takes what the agent left, however it ended; then `rewards` is asked."""
 
 
+@runtime_checkable
+class Equipped(Protocol):
+  """What a workspace has besides, if it is a matter of certain tools."""
+
+  @property
+  def toolset(self) -> Sequence[str]:
+    """Their names in agents/toolbox.py; a white-box agent gets these."""
+
+
 class Domain(Protocol):
   """A kind of task, with its splits and its verifier."""
 
@@ -67,3 +76,27 @@ class Domain(Protocol):
 
   def environment(self, task: types.Task) -> Environment:
     """A fresh environment for one episode of the task."""
+
+
+@runtime_checkable
+class Graded(Protocol):
+  """What a domain has besides, if its tasks can be harder or easier."""
+
+  def at(self, level: int) -> Domain:
+    """The same domain with tasks of another difficulty, 0 being the easiest.
+
+    Raises:
+      ConfigError: it has no such level.
+    """
+
+
+@runtime_checkable
+class Scripted(Protocol):
+  """What a domain has besides, if programs can play it: for baselines."""
+
+  def script(self, task: types.Task, policy: str) -> Sequence[types.Message]:
+    """What a policy without a model replies, turn by turn.
+
+    Every domain knows "random", which knows nothing of the task, and "optimal",
+    which knows its solution.
+    """

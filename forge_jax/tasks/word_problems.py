@@ -19,13 +19,12 @@ Rewards, all of the episode as a whole:
 
 from collections.abc import Sequence
 import dataclasses
-import hashlib
 import re
 
 import numpy as np
 
 from forge_jax import errors, types
-from forge_jax.tasks import base
+from forge_jax.tasks import base, splits
 
 SUCCESS = "answer"  # the reward whose presence makes an episode a success
 
@@ -94,7 +93,6 @@ _UNSEEN_TEMPLATES = (
   ),
   ("*", "{n} makes {a} {t} a day for {b} days. How many {t} does {n} make?"),
 )
-_HELDOUT_SHARE = 8  # one question in so many is kept from training
 
 _CALL = re.compile(r"CALC\( ?(-?[0-9]{1,6}) ?([+\-*x×]) ?(-?[0-9]{1,6}) ?\)")
 _ANSWER = re.compile(r"ANSWER\( ?(-?[0-9]{1,8}) ?\)")
@@ -146,7 +144,9 @@ class WordProblems:
     rng = np.random.default_rng(np.random.SeedSequence(entropy))
     template = _template(templates, seed, stream, index)
     payload = _draw(rng, *template)
-    while heldout is not None and is_heldout(payload["question"]) != heldout:
+    while (
+      heldout is not None and splits.is_heldout(payload["question"]) != heldout
+    ):
       payload = _draw(rng, *template)
     return types.Task(
       id=f"{self.name}/{split}/{index}",
@@ -224,12 +224,6 @@ class WordProblemEnvironment:
     if text.startswith("CALC("):
       return "Error: one operation on two numbers only"
     return None
-
-
-def is_heldout(question: str) -> bool:
-  """Whether a question is kept from training, by a digest of its text."""
-  digest = hashlib.sha256(question.encode()).digest()
-  return int.from_bytes(digest[:8], "big") % _HELDOUT_SHARE == 0
 
 
 def _template(

@@ -21,14 +21,13 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))
 import small_run
 
 from forge_jax.pool import queue as queue_lib
-from launch import local, rollout_side
+from launch import local
 
 
 def live(
   workdir: str, model: str, steps: int, number: int | None, seed: int
 ) -> None:
   """One life; `number` is the signal that ends it, None: its end."""
-  rollout_side.DOMAINS["even"] = (small_run.Even, small_run.EvenConfig)
   rng = random.Random(seed)
   last = rng.randint(1, 3)  # steps of this life before the signal
   commit, done = queue_lib.GroupQueue.commit, []

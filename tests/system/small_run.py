@@ -99,7 +99,8 @@ def values(model: str | pathlib.Path) -> dict[str, Any]:
   """The configuration; its domain is `Even`, as "even"."""
   made = word_problems_smollm2.get_config().to_dict()
   made["model"]["path"] = str(model)
-  made["domains"] = {"even": {"max_tokens": 6, "weight": 1.0}}
+  even = {"place": f"{__name__}:Even", "max_tokens": 6, "weight": 1.0}
+  made["domains"] = {"even": even}
   made["steps"] = 4
   made["engine"] |= {"context": 128}
   made["rollout"] |= {"group_size": 4, "max_lag": 0}

@@ -15,16 +15,13 @@ from forge_jax.model import huggingface
 from forge_jax.observe import metrics as metrics_lib
 from forge_jax.observe import names
 from forge_jax.pool import store
-from launch import local, rollout_side
+from launch import local
 
 ROOT = pathlib.Path(__file__).parents[2]
 
 
 @pytest.fixture
-def values(model, monkeypatch):
-  monkeypatch.setitem(
-    rollout_side.DOMAINS, "even", (small_run.Even, small_run.EvenConfig)
-  )
+def values(model):
   return small_run.values(model)
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from forge_jax import errors, types
-from forge_jax.tasks import word_problems
+from forge_jax.tasks import splits, word_problems
 
 
 def play(replies, truth=492):
@@ -121,8 +121,8 @@ def test_no_question_is_in_two_splits():
   assert not train & heldout
   assert not train & phrasings
   # Not by luck: the two sides are told apart by the question alone.
-  assert all(word_problems.is_heldout(q) for q in heldout)
-  assert not any(word_problems.is_heldout(q) for q in train)
+  assert all(splits.is_heldout(q) for q in heldout)
+  assert not any(splits.is_heldout(q) for q in train)
 
 
 @pytest.mark.parametrize("split", ["train", "heldout", "phrasings"])
