@@ -48,6 +48,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.question = __doc__.partition("\n")[0]
   config.seed = 0
   config.steps = 10
+  config.imitate = ()  # policies of domains' scripts, in the model's place
 
   config.model = ml_collections.ConfigDict(
     {

@@ -24,6 +24,7 @@ from forge_jax.rollout import evaluation
 from forge_jax.trainer import checkpoint, credit, trainer, update
 from forge_jax.tree import pack
 from launch import keys, pool_side, rollout_side, services
+from launch import teacher as teacher_lib
 
 _SECTIONS = {
   "checkpoint": checkpoint.CheckpointConfig,
@@ -39,6 +40,7 @@ _SECTIONS = {
 }
 # These are not, or not only, one component's.
 _TOP = {"name", "question", "seed", "steps", "model"} | {
+  "imitate",  # policies of the domains' scripts that reply in the model's place
   *("agent", "context", "domains", "rollout"),  # see RolloutSide
   *("sandbox", "tools"),  # likewise
   "pool",  # see PoolSide
@@ -59,6 +61,7 @@ class Blueprint:
     self.values = values
     self.name, self.question = values["name"], values["question"]
     self.seed, self.steps = values["seed"], values["steps"]
+    self.imitate: tuple[str, ...] = tuple(values["imitate"])
     if self.steps < 1:
       raise errors.ConfigError(
         f"config.steps={self.steps}; expected at least 1"
@@ -146,11 +149,25 @@ class Blueprint:
       vocab_size=vocab_size,
     )
 
+  def teacher(
+    self, tokenizer: Any, max_context: int
+  ) -> teacher_lib.TeacherEngine:
+    """The domains' scripts in an engine's place."""
+    return teacher_lib.TeacherEngine(
+      self.side.domains,
+      self.side.mixture(),
+      self.imitate,
+      tokenizer,
+      max_context,
+    )
+
   def services(
     self,
     decoder: decoder_lib.Decoder,
     version: int,
     tickets: tickets_lib.Tickets | None = None,
+    *,
+    imitate: bool = False,
   ) -> services.Services:
     """Engine, gateway and agent around a decoder's weights.
 
@@ -158,6 +175,7 @@ class Blueprint:
       decoder: of the engine.
       version: of its weights.
       tickets: of a shared pool that hosts of other processes fill.
+      imitate: the domains' scripts reply in its place.
 
     Raises:
       ConfigError: those hosts' key to the gateway is not in the environment.
@@ -166,13 +184,17 @@ class Blueprint:
     if tickets is not None:  # those hosts open sessions, too
       gateway = dataclasses.replace(gateway, admin_token=keys.admin_token())
     tokenizer = self.load_tokenizer()
-    engine = engine_lib.JaxEngine(
-      decoder,
-      self.parts["engine"],
-      decode_text=tokenizer.decode,
-      grammars=grammar.Grammars(tokenizer, decoder.config.vocab_size),
-      version=version,
-    )
+    engine: engine_lib.JaxEngine | teacher_lib.TeacherEngine
+    if imitate:
+      engine = self.teacher(tokenizer, self.parts["engine"].context)
+    else:
+      engine = engine_lib.JaxEngine(
+        decoder,
+        self.parts["engine"],
+        decode_text=tokenizer.decode,
+        grammars=grammar.Grammars(tokenizer, decoder.config.vocab_size),
+        version=version,
+      )
     return services.Services(
       engine,
       tokenizer,

@@ -64,8 +64,12 @@ class LocalRun:
     self._workdir = pathlib.Path(workdir).absolute()
     self._check_workdir()
 
-  def train(self) -> None:
-    """Trains to the configured step and reports, or stops at Ctrl-C."""
+  def train(self) -> bool:
+    """Trains to the configured step and reports, or stops at Ctrl-C.
+
+    Returns:
+      Whether the run has ended; else the same configuration continues it.
+    """
     plan = self._plan
     compilations.keep()
     with contextlib.ExitStack() as stack:
@@ -96,7 +100,10 @@ class LocalRun:
       stack.callback(queue.close)
       loop.restore(trainer, batches, checkpointer)
       services = plan.services(
-        updater.decoder(trainer.state), trainer.step, tickets
+        updater.decoder(trainer.state),
+        trainer.step,
+        tickets,
+        imitate=bool(plan.imitate),
       )
       with recorder_lib.Recorder(
         plan, self._workdir, trainer.step, self._started
@@ -116,13 +123,15 @@ class LocalRun:
           recorder,
           collector,
         )
-        if trainer.step >= plan.steps:
+        ended = trainer.step >= plan.steps
+        if ended:
           self._finish(recorder, trainer.step)
         else:
           recorder.display.note(
             f"stopped at step {trainer.step} of {plan.steps} with a "
             "checkpoint; the same command continues"
           )
+    return ended
 
   def _run(
     self,

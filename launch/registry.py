@@ -17,6 +17,7 @@ DOMAINS = {
   "bug_fixing": "forge_jax.tasks.bug_fixing:BugFixing",
   "library_qa": "forge_jax.tasks.library_qa:LibraryQA",
   "reasoning": "forge_jax.tasks.reasoning:Reasoning",
+  "records": "forge_jax.tasks.records:Records",
   "slow_tools": "forge_jax.tasks.slow_tools:SlowTools",
   "terminal": "forge_jax.tasks.terminal:Terminal",
   "verifiers": "forge_jax.tasks.verifiers:VerifiersDomain",

@@ -16,7 +16,7 @@ from forge_jax.gateway import client, server
 from forge_jax.pool import queue as queue_lib
 from forge_jax.pool import tickets as tickets_lib
 from forge_jax.rollout import evaluation, host, offers
-from launch import rollout_side
+from launch import rollout_side, teacher
 
 
 class Services:
@@ -24,7 +24,7 @@ class Services:
 
   def __init__(
     self,
-    engine: engine_lib.JaxEngine,
+    engine: engine_lib.JaxEngine | teacher.TeacherEngine,
     tokenizer: Any,
     gateway_config: server.GatewayConfig,
     side: rollout_side.RolloutSide,

@@ -8,6 +8,7 @@ import re
 import pytest
 
 from forge_jax import errors, settings
+from forge_jax.model import scratch
 from launch import (
   build,
   engine_service,
@@ -79,7 +80,11 @@ def test_every_experiment_loads_and_fits_its_components(name, monkeypatch):
       engine_service.EngineService(values)
     case "gateway":
       gateway_service.GatewayService(values)
-    case "train":
+    case "train" | "warm_start" as main:
+      if main == "warm_start":
+        settings.section(
+          scratch.ScratchConfig, values.pop("scratch"), "scratch"
+        )
       plan = build.Blueprint(values)
       assert (
         plan.steps >= 1

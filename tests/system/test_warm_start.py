@@ -1,0 +1,37 @@
+"""A model of random weights imitates scripts over the real loop."""
+
+from experiments import records_warm_start
+from forge_jax.gateway import tokenizer as tokenizer_lib
+from forge_jax.model import files
+from forge_jax.observe import metrics
+from forge_jax.tasks import records
+from launch import local, new_model
+
+
+def test_imitation_makes_the_scripts_likelier(tmp_path):
+  values = records_warm_start.get_config().to_dict()
+  shape = values.pop("scratch") | {"width": 16, "mlp_width": 16, "episodes": 40}
+  values["steps"] = 6
+  values["rollout"]["in_flight"] = 16
+  values["trainer"] |= {"groups_per_step": 8, "warmup_updates": 0}
+  values["pack"] |= {"tokens": 1024, "edges": 1024, "rows": 1024, "buckets": 1}
+  values["eval"]["heldout"] = 4
+  values["model"]["path"] = str(tmp_path / "scratch")
+  new_model.write(tmp_path / "scratch", values, shape)
+  # A word of the closed vocabulary that the episodes had is one token.
+  tokenizer = tokenizer_lib.load_tokenizer(str(tmp_path / "scratch"))
+  sizes = [len(tokenizer.encode(f" {name}")) for name in records.NAMES]
+  assert sizes.count(1) > len(sizes) / 4
+
+  run = tmp_path / "run"
+  local.LocalRun(values, str(run)).train()
+  found = [
+    event.values["train/loss"]
+    for event in metrics.read_jsonl(run / "metrics.jsonl")
+    if "train/loss" in event.values
+  ]
+  assert len(found) == 6 and found[-1] < 0.96 * found[0]
+
+  local.export_checkpoint(str(run), str(tmp_path / "model"))
+  config, _ = files.read_model(str(tmp_path / "model"))
+  assert (config.width, config.vocab_size) == (16, len(tokenizer))
