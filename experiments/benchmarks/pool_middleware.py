@@ -107,7 +107,8 @@ def _episode(
       stop_reason=types.StopReason.STOP,
       reply="",
     )
-    history = plan.prompt_ids + response + rng.integers(0, VOCAB, 50).tolist()
+    new = rng.integers(0, VOCAB, 50).tolist()
+    history = [*plan.prompt_ids.tolist(), *response, *new]
   return types.Episode(
     id=name,
     task=task,

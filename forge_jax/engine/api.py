@@ -10,6 +10,8 @@ import dataclasses
 import math
 from typing import Protocol
 
+import numpy as np
+
 from forge_jax import errors, types
 
 # Most alternatives that a request may ask for beside each sampled token.
@@ -75,16 +77,29 @@ class SamplingParams:
     )
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class GenerateRequest:
-  """One completion to sample."""
+  """One completion to sample.
+
+  Raises:
+    EngineError: a token id does not fit 32 bits.
+  """
 
   id: str
-  prompt_ids: tuple[int, ...]
+  prompt_ids: np.ndarray  # int32; may be given as any sequence of integers
   sampling: SamplingParams
   # Sessions share an engine fairly; "": the request is one of its own.
   session: str = ""
   priority: int = 0  # a higher one goes first, and preempts lower ones
+
+  def __post_init__(self):
+    try:
+      ids = np.asarray(self.prompt_ids, np.int32)
+    except OverflowError as error:
+      raise errors.EngineError(
+        f"request {self.id}: a token id of the prompt does not fit 32 bits"
+      ) from error
+    object.__setattr__(self, "prompt_ids", ids)
 
 
 def check(
@@ -97,7 +112,7 @@ def check(
     EngineError: a token or a number is out of bounds.
   """
   prompt, sampling = request.prompt_ids, request.sampling
-  if not prompt:
+  if not len(prompt):
     raise errors.EngineError(f"request {request.id}: the prompt is empty")
   if len(prompt) >= max_context:
     raise errors.ContextOverflowError(
@@ -129,7 +144,7 @@ def check(
       )
   if vocab_size is not None:
     biased = [token for token, _ in sampling.logit_bias]
-    for token in (min(prompt), max(prompt), *biased):
+    for token in (prompt.min(), prompt.max(), *biased):
       if not 0 <= token < vocab_size:
         raise errors.EngineError(
           f"request {request.id}: token id {token} is outside the vocabulary "

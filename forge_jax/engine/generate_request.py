@@ -166,7 +166,7 @@ def parse_generate(
         top_logprobs=top,
       )
       rid = rids[len(requests)]
-      requests.append(api.GenerateRequest(rid, tuple(prompt), each))
+      requests.append(api.GenerateRequest(rid, prompt, each))
   return Generate(tuple(requests), single, stream, any(logprobs))
 
 

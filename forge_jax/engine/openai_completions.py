@@ -136,7 +136,7 @@ class CompletionsEngine(remote.RemoteEngine):
     defaults = api.SamplingParams(max_tokens=1)
     body = {
       "model": self._model,
-      "prompt": list(request.prompt_ids),
+      "prompt": request.prompt_ids.tolist(),
       "max_tokens": sampling.max_tokens,
       "temperature": sampling.temperature,
       "seed": sampling.seed,
@@ -178,7 +178,7 @@ class CompletionsEngine(remote.RemoteEngine):
   ) -> None:
     """Whether the server sampled after the very prompt that was sent."""
     found = choice.get("prompt_token_ids")
-    if found is None or tuple(found) != request.prompt_ids:
+    if found is None or list(found) != request.prompt_ids.tolist():
       raise self._only_records(
         f"of a prompt of {len(request.prompt_ids)} tokens it returned "
         f"{'none' if found is None else f'other ids, {len(found)} of them'}"

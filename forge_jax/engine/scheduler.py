@@ -45,7 +45,7 @@ class LiveRequest:
 
   def __init__(self, request: api.GenerateRequest, number: int):
     self.request = request
-    self.prompt = list(request.prompt_ids)
+    self.prompt = request.prompt_ids.tolist()
     self.response: list[int] = []
     self.number = number  # in order of arrival
     self.fill = len(self.prompt)

@@ -141,7 +141,7 @@ class SGLangEngine(remote.RemoteEngine):
     )
     body = {
       "rid": rid,
-      "input_ids": list(request.prompt_ids),
+      "input_ids": request.prompt_ids.tolist(),
       "sampling_params": generate_request.sampling_to_json(sampling),
       "return_logprob": True,
       "stream": self._streams,

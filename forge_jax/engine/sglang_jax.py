@@ -149,7 +149,7 @@ class SGLangJaxEngine:
     )
     return io_struct.GenerateReqInput(
       rid=request.id,
-      input_ids=list(request.prompt_ids),
+      input_ids=request.prompt_ids.tolist(),
       sampling_params=generate_request.sampling_to_json(sampling),
       return_logprob=True,
       top_logprobs_num=sampling.top_logprobs,

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from forge_jax import types
-from forge_jax.gateway import wire
+from forge_jax.gateway import template, wire
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -34,6 +34,7 @@ class Node:
   malformed: bool = False  # a tool call was attempted that is none
   plain: bool = True  # sampled from the policy's own distribution
   request: types.Request | None = None
+  written: template.Written | None = None  # the prompt, by a chat template
 
   def prompt_ids(self) -> np.ndarray:
     """The whole prompt, int32."""

@@ -109,13 +109,7 @@ class Generation:
       )
     else:
       self.plan = session.begin_raw(renderer, turn.prompt, attempt, choice)
-    try:
-      self._grammar = constraint_lib.grammar(
-        turn.constraint, renderer, self.plan.prompt_ids, self._tools
-      )
-    except refusal.Refusal:
-      session.drop(self.plan)
-      raise
+    self._grammar: constraint_lib.Grammar | None = None
     self._engine = engine
     self._chunks: AsyncGenerator[api.TokenChunk] | None = None
     self.token_ids: list[int] = []
@@ -128,6 +122,24 @@ class Generation:
     self.reply = render.Reply("")
 
   async def __aenter__(self) -> "Generation":
+    """Encodes the prompt.
+
+    Raises:
+      Refusal: the session was closed meanwhile, or the model cannot be
+        constrained as the request asks.
+    """
+    try:
+      await self.plan.added.ready()
+      self._session.check_open()
+      self._grammar = constraint_lib.grammar(
+        self._turn.constraint,
+        self._renderer,
+        self.plan.prompt_ids,
+        self._tools,
+      )
+    except BaseException:  # nobody leaves what was not entered
+      self._session.drop(self.plan)
+      raise
     return self
 
   async def __aexit__(self, *exc_info: object) -> None:
@@ -162,7 +174,7 @@ class Generation:
     self._chunks = self._engine.generate(
       api.GenerateRequest(
         id=plan.request_id,
-        prompt_ids=tuple(plan.prompt_ids),
+        prompt_ids=plan.prompt_ids,
         sampling=self._sampling(self._engine.max_context),
         session=self._session.id,
       )

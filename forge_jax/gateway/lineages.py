@@ -1,19 +1,25 @@
 """Where a request belongs: the conversations that a session has seen.
 
 Invariants:
-  1. A place is a conversation, message by message. It knows the assistant's
-     turns that have followed it: replies that were delivered, and turns that
-     came in a request. A message may lead to several places, one for each turn
-     that it may be (see `turns`); any other leads to one.
+  1. A place is a conversation, kept as the digest of its messages one after
+     another, together with the assistant's turns that have followed it: replies
+     that were delivered, and turns that came in a request. A message may lead
+     to several places, one for each turn that it may be (see `turns`); any
+     other leads to one.
   2. What a request's message says, if it is a turn that is known, is what was
      shown to the model before, not how it is written this time.
   3. A search reads each message once, whatever the number of completions.
+  4. What is kept of a message is a digest, but for the assistant's turns, which
+     are kept whole, once each.
 """
 
 from collections.abc import Sequence
 import dataclasses
+import hashlib
 import json
 from typing import Any
+
+import orjson
 
 from forge_jax import types
 from forge_jax.gateway import turns
@@ -25,41 +31,23 @@ HISTORY_CHANGED = "history"  # a recorded reply follows other messages
 TOOLS_CHANGED = "tools"  # the same conversation, other tools or effort
 
 
-class Place:
-  """A conversation; knows what has followed it."""
-
-  __slots__ = ("next", "turns")
-
-  def __init__(self):
-    """A conversation that nothing has followed."""
-    self.next: dict[bytes, Place] = {}
-    self.turns: list[Known] = []
-
-  def after(self, message: types.Message) -> "Place":
-    """The place behind a message; makes it if there is none."""
-    digest = _digest(message)
-    if digest not in self.next:
-      self.next[digest] = Place()
-      if message["role"] == "assistant":
-        turn = turns.read(message)
-        self.turns.append(Known(message, turn, self.next[digest]))
-    return self.next[digest]
-
-  @property
-  def answered(self) -> bool:
-    """Whether a reply to the conversation was delivered."""
-    return any(known.node for known in self.turns)
+# A conversation: the digest of its messages, 16 bytes.
+Place = bytes
+_NOWHERE: Place = bytes(16)  # no message yet
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Known:
   """An assistant's turn that has followed a conversation."""
 
-  message: types.Message
-  turn: turns.Turn
+  said: bytes  # the message, as JSON
   behind: Place  # the conversation with it
   node: Any | None = None  # a forest.Node, if it is a delivered reply
   tools: bytes = b""  # digest of the tools of the request that it answers
+
+  def message(self) -> types.Message:
+    """The turn as it was shown to the model."""
+    return orjson.loads(self.said)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -96,8 +84,10 @@ class Lineages:
 
   def __init__(self):
     """Begins empty."""
-    self._root = Place()
+    # Places reached so far but those behind a turn, and what has followed.
+    self._turns: dict[Place, tuple[Known, ...]] = {_NOWHERE: ()}
     self._said: set[bytes] = set()  # loose digests of all replies
+    self._tools: dict[bytes, bytes] = {}  # each digest of tools, once
 
   def find(self, messages: types.Messages, tools: bytes) -> Match:
     """Where a request belongs.
@@ -106,9 +96,9 @@ class Lineages:
       messages: the request's; at least one.
       tools: digest of its tools, and of what else a prompt depends on.
     """
-    ways = [[Path(self._root)]]  # ways[n] lead behind the first n messages
+    ways = [[Path(_NOWHERE)]]  # ways[n] lead behind the first n messages
     for message in messages:
-      paths = _step(ways[-1], message)
+      paths = self._step(ways[-1], message)
       if not paths:
         break
       ways.append(paths)
@@ -135,11 +125,53 @@ class Lineages:
     """
     place = match.place
     for one in match.rest:
-      place = place.after(one)
+      place = self._after(place, one)
     turn = turns.read(message)
-    behind = place.next.setdefault(turn.digest(), Place())
-    place.turns.append(Known(message, turn, behind, node, tools))
+    behind = _behind(place, turn.digest())
+    tools = self._tools.setdefault(tools, tools)
+    self._follow(place, Known(orjson.dumps(message), behind, node, tools))
     self._said.add(turn.loose_digest())
+
+  def _after(self, place: Place, message: types.Message) -> Place:
+    """The place behind a message; remembers it."""
+    behind = _behind(place, _digest(message))
+    if message["role"] != "assistant":
+      self._turns.setdefault(behind, ())
+    elif not any(k.behind == behind for k in self._turns.get(place, ())):
+      self._follow(place, Known(orjson.dumps(message), behind))
+    return behind
+
+  def _follow(self, place: Place, known: Known) -> None:
+    self._turns[place] = (*self._turns.get(place, ()), known)
+
+  def _answered(self, place: Place) -> bool:
+    """Whether a reply to a conversation was delivered."""
+    return any(known.node for known in self._turns.get(place, ()))
+
+  def _step(self, paths: Sequence[Path], message: types.Message) -> list[Path]:
+    """The ways to go on with a message; what it resembles most comes first."""
+    if message["role"] != "assistant":
+      digest = _digest(message)
+      behind = [(_behind(path.place, digest), path) for path in paths]
+      return [
+        Path(place, before=path)
+        for place, path in behind
+        if place in self._turns
+      ]
+    sent = turns.read(message)
+    found = []
+    for path in paths:
+      by_place: dict[Place, list[tuple[int, Known]]] = {}
+      for known in self._turns.get(path.place, ()):
+        if like := turns.likeness(sent, turns.read(known.message())):
+          by_place.setdefault(known.behind, []).append((like, known))
+      found += [
+        Path(place, tuple(known), path) for place, known in by_place.items()
+      ]
+    found.sort(
+      key=lambda path: max(like for like, _ in path.known), reverse=True
+    )
+    return found
 
   def _reason(
     self,
@@ -152,7 +184,7 @@ class Lineages:
       return TOOLS_CHANGED
     for n in range(depth, len(messages)):
       before = ways[n] if n < len(ways) else ()
-      answered = any(path.place.answered for path in before)
+      answered = any(self._answered(path.place) for path in before)
       if messages[n]["role"] != "assistant":
         if answered:
           return REPLY_OMITTED
@@ -167,29 +199,6 @@ def tools_digest(tools: types.Messages, effort: str | None) -> bytes:
   """A digest of tools, in any order, and of the effort of reasoning."""
   texts = sorted(json.dumps(tool, sort_keys=True) for tool in tools)
   return turns.digest_of(effort or "", *texts)
-
-
-def _step(paths: Sequence[Path], message: types.Message) -> list[Path]:
-  """The ways to go on with a message; what it resembles most comes first."""
-  if message["role"] != "assistant":
-    digest = _digest(message)
-    return [
-      Path(path.place.next[digest], before=path)
-      for path in paths
-      if digest in path.place.next
-    ]
-  sent = turns.read(message)
-  found = []
-  for path in paths:
-    by_place: dict[Place, list[tuple[int, Known]]] = {}
-    for known in path.place.turns:
-      if like := turns.likeness(sent, known.turn):
-        by_place.setdefault(known.behind, []).append((like, known))
-    found += [
-      Path(place, tuple(known), path) for place, known in by_place.items()
-    ]
-  found.sort(key=lambda path: max(like for like, _ in path.known), reverse=True)
-  return found
 
 
 def _deepest(
@@ -216,9 +225,13 @@ def _as_shown(
   for n in range(depth - 1, -1, -1):
     if path.known:
       _, known = max(path.known, key=lambda item: item[0])
-      shown[n] = known.message
+      shown[n] = known.message()
     path = path.before
   return shown
+
+
+def _behind(place: Place, digest: bytes) -> Place:
+  return hashlib.blake2b(place + digest, digest_size=16).digest()
 
 
 def _digest(message: types.Message) -> bytes:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from forge_jax import types
-from forge_jax.gateway import forest, lineages, raw_prompts, wire
+from forge_jax.gateway import forest, lineages, raw_prompts, template, wire
 
 _DTYPES = {
   "added_ids": np.int32,
@@ -72,6 +72,8 @@ def completion(
   value["parent"] = None if node.parent is None else node.parent.number
   value["stop_reason"] = node.stop_reason.value
   value["request"] = wire.request_to_json(node.request)
+  if node.written is not None:
+    value["written"] = dataclasses.astuple(node.written)
   if isinstance(asked, lineages.Match):
     new = slice(None if node.parent is None else asked.depth, None)
     asked = asked.messages[new]
@@ -83,7 +85,7 @@ def read_node(
   value: Mapping[str, Any], nodes: Mapping[int, forest.Node]
 ) -> forest.Node:
   """The node that a completion's record holds; `nodes` by number."""
-  parent = value["parent"]
+  parent, written = value["parent"], value.get("written")
   arrays = {
     name: np.frombuffer(value[name], dtype) for name, dtype in _DTYPES.items()
   }
@@ -94,5 +96,6 @@ def read_node(
       "parent": None if parent is None else nodes[parent],
       "stop_reason": types.StopReason(value["stop_reason"]),
       "request": wire.request_from_json(value["request"]),
+      "written": written and template.Written(*written),
     }
   )

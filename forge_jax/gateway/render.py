@@ -17,12 +17,13 @@ import dataclasses
 import json
 from typing import Any
 
+import numpy as np
 import renderers
 from renderers import reasoning as renderers_reasoning
 import transformers
 
 from forge_jax import errors, types
-from forge_jax.gateway import call_syntax, families, refusal, template
+from forge_jax.gateway import addition, call_syntax, families, refusal, template
 
 # Families that write a tool call as plain text, with no opening token.
 _PLAIN_TEXT_CALLS = frozenset({"llama-3"})
@@ -34,6 +35,9 @@ _BAD_CALLS = frozenset(
     renderers.ToolCallParseStatus.MALFORMED_STRUCTURE,
   }
 )
+
+
+Ids = Sequence[int] | np.ndarray  # token ids, int32
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -127,16 +131,18 @@ class Renderer:
 
   def render(
     self, messages: types.Messages, tools: types.Messages
-  ) -> list[int]:
-    """Token ids of a whole conversation and the opening of the next reply.
+  ) -> addition.Addition:
+    """A whole conversation and the opening of the next reply.
 
     Raises:
       Refusal: the template refuses the messages or the tools.
     """
     if self._template is not None:
-      return self._encode(self._template.text(messages, tools, True))
+      text = self._template.text(messages, tools, True)
+      written = template.Written.of(text)
+      return addition.Addition(text, self.encode_rest, written)
     try:
-      return list(
+      return addition.Addition.of(
         self._family.render_ids(
           template.with_objects(messages),
           tools=list(tools) or None,
@@ -150,12 +156,13 @@ class Renderer:
 
   def extend(
     self,
-    prompt_ids: Sequence[int],
-    response_ids: Sequence[int],
+    prompt_ids: Ids,
+    response_ids: Ids,
     conversation: types.Messages,
     new_messages: types.Messages,
     tools: types.Messages,
-  ) -> list[int] | None:
+    written: template.Written | None = None,
+  ) -> addition.Addition | None:
     """What follows a sampled response when the conversation goes on.
 
     A response that was cut, with no stop token, is closed as the template
@@ -167,42 +174,48 @@ class Renderer:
       conversation: its request's messages and its reply, as the client saw it.
       new_messages: what the client has added to them.
       tools: of both requests.
+      written: the completion's prompt as the chat template wrote it, if known.
 
     Returns:
-      The ids to append to prompt and response; None if the template does not
+      What to append to prompt and response; None if the template does not
       extend what the model has seen.
     """
+    response = _listed(response_ids)
     if self._template is not None:
-      ended = len(response_ids) and response_ids[-1] in self._stops
-      stop = self.decode(response_ids[-1:]) if ended else ""
-      rest = self._template.rest(conversation, new_messages, tools, stop)
-      return None if rest is None else self._encode(rest)
-    seen = [*prompt_ids, *response_ids]
+      ended = bool(response) and response[-1] in self._stops
+      said = self.decode(response[:-1] if ended else response)
+      stop = self.decode(response[-1:]) if ended else ""
+      rest = self._template.rest(
+        conversation, new_messages, tools, said, stop, written
+      )
+      return rest and addition.Addition(rest[0], self.encode_rest, rest[1])
+    prompt = _listed(prompt_ids)
+    seen = prompt + response
     bridged = self._family.bridge_to_next_turn(
-      list(prompt_ids),
-      list(response_ids),
+      prompt,
+      response,
       template.with_objects(new_messages),
       tools=list(tools) or None,
     )
     if bridged is None or bridged.token_ids[: len(seen)] != seen:
       return self._extend_by_text(seen, [*conversation, *new_messages], tools)
-    rest = list(bridged.token_ids[len(seen) :])
+    rest = bridged.token_ids[len(seen) :]
     if self.name in _BREAKS_LEFT_OUT and seen[-1] in self._stops:
-      return [*self._encode("\n"), *rest]
-    return rest
+      rest = [*self.encode_rest("\n"), *rest]
+    return addition.Addition.of(rest)
 
   def _extend_by_text(
     self,
     seen: Sequence[int],
     conversation: types.Messages,
     tools: types.Messages,
-  ) -> list[int] | None:
+  ) -> addition.Addition | None:
     """What follows `seen` in a whole conversation that begins with it."""
-    text, whole = (
-      self.decode(seen),
-      self.decode(self.render(conversation, tools)),
-    )
-    return self._encode(whole[len(text) :]) if whole.startswith(text) else None
+    text = self.decode(seen)
+    whole = self.decode(self.render(conversation, tools).ids)
+    if not whole.startswith(text):
+      return None
+    return addition.Addition(whole[len(text) :], self.encode_rest)
 
   def encode_prompt(self, text: str) -> list[int]:
     """Token ids of a raw prompt, with the tokens that a text begins with."""
@@ -211,11 +224,13 @@ class Renderer:
 
   def encode_rest(self, text: str) -> list[int]:
     """Token ids of a text that continues another."""
-    return self._encode(text)
+    # As `encode`, but without the places of tokens in the text: a fifth faster.
+    backend = self._tokenizer.backend_tokenizer
+    return backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
   def parse(
     self,
-    prompt_ids: Sequence[int],
+    prompt_ids: Ids,
     response_ids: Sequence[int],
     tools: types.Messages,
   ) -> Reply:
@@ -229,7 +244,7 @@ class Renderer:
       return Reply(self.decode(ids))
     try:
       parsed = self._family.parse_response(
-        ids, tools=list(tools) or None, prompt_ids=list(prompt_ids)
+        ids, tools=list(tools) or None, prompt_ids=_listed(prompt_ids)
       )
     except (ValueError, TypeError, KeyError, RecursionError):
       # Some parsers fail on what a model in training may well sample.
@@ -262,15 +277,18 @@ class Renderer:
     """Whether the ids hold no markup token: the text is the content."""
     return self._markup.isdisjoint(ids)
 
-  def opens_reasoning(self, prompt_ids: Sequence[int]) -> bool:
+  def opens_reasoning(self, prompt_ids: Ids) -> bool:
     """Whether the prompt leaves the model inside its reasoning."""
     if self.think_open_id is None:
       return False
+    # What comes before the last stop token says nothing.
+    stops = np.flatnonzero(np.isin(prompt_ids, self.stop_token_ids))
+    tail = prompt_ids[stops[-1] + 1 if len(stops) else 0 :]
     return renderers_reasoning.prompt_ends_in_reasoning(
-      self._tokenizer, list(prompt_ids), stop_ids=self._stops
+      self._tokenizer, _listed(tail), stop_ids=self._stops
     )
 
-  def closes_reasoning(self, prompt_ids: Sequence[int]) -> bool:
+  def closes_reasoning(self, prompt_ids: Ids) -> bool:
     """Whether the prompt ends with a reasoning that is closed."""
     for token in reversed(prompt_ids):
       if token == self.think_close_id:
@@ -283,7 +301,7 @@ class Renderer:
     """Whether any text may turn out to be a tool call."""
     return bool(tools) and self.name in _PLAIN_TEXT_CALLS
 
-  def _reasons(self, prompt_ids: Sequence[int], ids: Sequence[int]) -> bool:
+  def _reasons(self, prompt_ids: Ids, ids: Sequence[int]) -> bool:
     """Whether a response begins in its reasoning, even an empty one."""
     for n, token in enumerate(ids):
       if token in self._markup:
@@ -344,17 +362,16 @@ class Renderer:
   def _find_stop_tokens(self) -> tuple[int, ...]:
     ids = list(self._family.get_stop_token_ids())
     if self._template is not None and self._template.closing:
-      first = self._encode(self._template.closing)[0]
+      first = self.encode_rest(self._template.closing)[0]
       if first in self._tokenizer.added_tokens_decoder and first not in ids:
         ids.append(first)
     if not ids:
       raise errors.ConfigError("the tokenizer has no end-of-sequence token")
     return tuple(ids)
 
-  def _encode(self, text: str) -> list[int]:
-    # As `encode`, but without the places of tokens in the text: a fifth faster.
-    backend = self._tokenizer.backend_tokenizer
-    return backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
+
+def _listed(ids: Ids) -> list[int]:
+  return ids.tolist() if isinstance(ids, np.ndarray) else list(ids)
 
 
 def _well_formed(call: renderers.ParsedToolCall) -> ToolCall | None:

@@ -24,11 +24,13 @@ import numpy as np
 
 from forge_jax import types
 from forge_jax.gateway import (
+  addition,
   attempts,
   call_ids,
   forest,
   kinds,
   lineages,
+  plans,
   raw_prompts,
   records,
   refusal,
@@ -40,25 +42,6 @@ from forge_jax.gateway import (
 # reasons are in `lineages`.
 TEMPLATE_REWRITES = "template"  # the chat template does not extend its past
 REPLY_CUT = "cut"  # a raw prompt goes on before the recorded reply's last token
-
-
-@dataclasses.dataclass(frozen=True, slots=True, eq=False)
-class Plan:
-  """A request that is about to be sampled."""
-
-  number: int
-  request_id: str
-  seed: int
-  parent: forest.Node | None
-  fork_reason: str | None
-  added_ids: list[int]
-  prompt_ids: list[int]
-  asked: lineages.Match | raw_prompts.Prompt
-  tools: bytes  # digest of its tools, and of what else the prompt depends on
-  started: float  # seconds since the session was opened
-  request: types.Request | None = None
-  attempt: attempts.Attempt | None = None
-  choice: int = 0  # of the attempt
 
 
 class Session:
@@ -90,7 +73,7 @@ class Session:
     self._opened = time.monotonic() - age
     self._requests = 0
     self._nodes: dict[int, forest.Node] = {}
-    self._running: dict[int, Plan] = {}
+    self._running: dict[int, plans.Plan] = {}
     self._idle = asyncio.Event()
     self._idle.set()
     self.attempts = attempts.Attempts()
@@ -109,7 +92,7 @@ class Session:
     effort: str | None = None,
     attempt: attempts.Attempt | None = None,
     choice: int = 0,
-  ) -> Plan:
+  ) -> plans.Plan:
     """Finds where a request belongs and what its prompt is.
 
     Every plan must be ended by `record` or `drop`.
@@ -126,7 +109,7 @@ class Session:
       Refusal: the session is closed, or the template refuses the messages or
         the tools.
     """
-    self._check_open()
+    self.check_open()
     digest = lineages.tools_digest(tools, effort)
     match = self._lineages.find(messages, digest)
     parent, reason, added = match.parent, match.reason, None
@@ -134,22 +117,19 @@ class Session:
       messages, match.messages, self._native_ids
     )
     if parent is not None:
-      prompt_ids = parent.prompt_ids().tolist()
-      response_ids = parent.response_ids.tolist()
       added = renderer.extend(
-        prompt_ids,
-        response_ids,
+        parent.prompt_ids(),
+        parent.response_ids,
         shown[: match.depth],
         shown[match.depth :],
         tools,
+        parent.written,
       )
       if added is None:
         parent, reason = None, reason or TEMPLATE_REWRITES
-      else:
-        prompt = prompt_ids + response_ids + added
     if added is None:
-      prompt = added = renderer.render(shown, tools)
-    plan = self._start(parent, reason, added, prompt, match, digest)
+      added = renderer.render(shown, tools)
+    plan = self._start(parent, reason, added, match, digest)
     return self._asked_by(attempt, choice, plan, messages, tools)
 
   def begin_raw(
@@ -158,7 +138,7 @@ class Session:
     prompt: raw_prompts.Prompt,
     attempt: attempts.Attempt | None = None,
     choice: int = 0,
-  ) -> Plan:
+  ) -> plans.Plan:
     """Finds where a raw prompt belongs and what its token ids are.
 
     A prompt that goes on where a recorded raw completion ended keeps its ids
@@ -171,23 +151,18 @@ class Session:
     Raises:
       Refusal: the session is closed.
     """
-    self._check_open()
+    self.check_open()
     parent, kept, rest = self._raw.find(renderer, prompt)
     reason = None
-    if parent is None:
-      added = ids = rest
-    elif len(kept) == len(parent.response_ids):
-      added = rest
-      ids = [*parent.prompt_ids().tolist(), *kept, *rest]
-    else:
-      added = ids = [*parent.prompt_ids().tolist(), *kept, *rest]
+    if parent is not None and len(kept) < len(parent.response_ids):
+      rest = [*parent.prompt_ids().tolist(), *kept, *rest]
       parent, reason = None, REPLY_CUT
-    plan = self._start(parent, reason, added, ids, prompt)
+    plan = self._start(parent, reason, addition.Addition.of(rest), prompt)
     return self._asked_by(attempt, choice, plan, (), ())
 
   def record(
     self,
-    plan: Plan,
+    plan: plans.Plan,
     *,
     response_ids: Sequence[int],
     logprobs: Sequence[float],
@@ -220,7 +195,7 @@ class Session:
       name=plan.request_id,
       parent=plan.parent,
       fork_reason=plan.fork_reason,
-      added_ids=np.asarray(plan.added_ids, np.int32),
+      added_ids=plan.added_ids,
       response_ids=np.asarray(response_ids, np.int32),
       logprobs=np.asarray(logprobs, np.float32),
       versions=np.asarray(versions, np.int32),
@@ -231,6 +206,7 @@ class Session:
       malformed=malformed,
       plain=plain,
       request=request,
+      written=plan.added.written,
     )
     self.log(records.completion(node, plan.asked, plan.tools, reply))
     self._keep(node, plan.asked, plan.tools, reply)
@@ -248,7 +224,7 @@ class Session:
     Args:
       node: of the forest.
       said: its request's messages, as the model has seen them, or raw prompt.
-      tools: see `Plan`.
+      tools: see `plans.Plan`.
       reply: see `record`.
     """
     self._requests = max(self._requests, node.number + 1)
@@ -271,7 +247,7 @@ class Session:
     if attempt.lost and attempt.completions:
       self.log(records.lost(attempt.completions.values()))
 
-  def drop(self, plan: Plan) -> None:
+  def drop(self, plan: plans.Plan) -> None:
     """Ends a request of which nothing was sampled, or that was recorded."""
     self._running.pop(plan.number, None)
     if not self._running:
@@ -324,7 +300,8 @@ class Session:
       self._native_ids |= call_ids.native_ids(reply)
       self._lineages.add(asked, tools, reply, node)
 
-  def _check_open(self) -> None:
+  def check_open(self) -> None:
+    """Raises Refusal if the session is closed."""
     if self.closed:
       raise refusal.Refusal(f"session {self.id!r} is closed", status=401)
 
@@ -332,24 +309,22 @@ class Session:
     self,
     parent: forest.Node | None,
     reason: str | None,
-    added: list[int],
-    prompt: list[int],
+    added: addition.Addition,
     asked: lineages.Match | raw_prompts.Prompt,
     tools: bytes = b"",
-  ) -> Plan:
+  ) -> plans.Plan:
     """Numbers a request and counts it as running."""
     number = self._requests
     self._requests += 1
     if reason is not None:
       self.fork_reasons[reason] += 1
-    plan = Plan(
+    plan = plans.Plan(
       number=number,
       request_id=f"{self.id}/{number}",
       seed=request_seed(self.seed, number),
       parent=parent,
       fork_reason=reason,
-      added_ids=added,
-      prompt_ids=prompt,
+      added=added,
       asked=asked,
       tools=tools,
       started=self._clock(),
@@ -362,10 +337,10 @@ class Session:
     self,
     attempt: attempts.Attempt | None,
     choice: int,
-    plan: Plan,
+    plan: plans.Plan,
     messages: types.Messages,
     tools: types.Messages,
-  ) -> Plan:
+  ) -> plans.Plan:
     """The plan with what is known of its request."""
     if attempt is None:
       return plan

@@ -1,6 +1,8 @@
 """A model's chat template as text: what it writes, and how it goes on."""
 
 from collections.abc import Mapping
+import dataclasses
+import hashlib
 import json
 from typing import Any
 
@@ -11,6 +13,25 @@ from forge_jax import types
 from forge_jax.gateway import refusal
 
 _PROBE = "3f2a97c1"  # a text that no template writes by itself
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Written:
+  """A prompt that the template wrote, to be known again by its digest."""
+
+  length: int  # characters
+  digest: bytes
+
+  @classmethod
+  def of(cls, text: str) -> "Written":
+    """What is kept of a text."""
+    return cls(len(text), _digest(text))
+
+  def begins(self, text: str) -> bool:
+    """Whether a text begins with this one."""
+    return (
+      len(text) >= self.length and _digest(text[: self.length]) == self.digest
+    )
 
 
 class ChatTemplate:
@@ -59,32 +80,51 @@ class ChatTemplate:
     conversation: types.Messages,
     new_messages: types.Messages,
     tools: types.Messages,
+    said: str,
     stop: str,
-  ) -> str | None:
-    """The text that follows a sampled reply when the conversation goes on.
+    before: Written | None = None,
+  ) -> tuple[str, Written] | None:
+    """What follows a sampled reply when the conversation goes on.
+
+    Where the whole conversation, as the template writes it, begins with the
+    prompt as it was written `before`, and goes on with the reply as it was
+    sampled and closed, the rest follows: one rendering shows it. Else two or
+    three are compared.
 
     Args:
       conversation: a request's messages and the reply to it.
       new_messages: what follows them.
       tools: of the whole conversation.
+      said: the reply as it was sampled, up to its stop token.
       stop: text of the stop token that the reply was sampled with, or empty;
         what else closes a reply comes first in what is returned.
+      before: the prompt that the reply answers, if it is known.
 
     Returns:
-      None if the template does not extend what it wrote before.
+      The text that follows, and the whole prompt; None if the template does not
+      extend what it wrote before.
     """
     if self.closing is None or not self.closing.startswith(stop):
       return None
-    prompt = self.text(conversation[:-1], tools, True)
-    old = self.text(conversation, tools, False)
     new = self.text([*conversation, *new_messages], tools, True)
-    if not (
-      old.startswith(prompt)
-      and old.endswith(self.closing)
-      and new.startswith(old)
-    ):
-      return None
-    return self.closing[len(stop) :] + new[len(old) :]
+    known = before is not None and before.begins(new)
+    if known and new.startswith(said + self.closing, before.length):
+      end = before.length + len(said) + len(self.closing)
+    else:
+      prompt = (
+        new[: before.length]
+        if known
+        else self.text(conversation[:-1], tools, True)
+      )
+      old = self.text(conversation, tools, False)
+      if not (
+        old.startswith(prompt)
+        and old.endswith(self.closing)
+        and new.startswith(old)
+      ):
+        return None
+      end = len(old)
+    return self.closing[len(stop) :] + new[end:], Written.of(new)
 
   def _find_closing(self) -> str | None:
     """What the template writes after a reply; None if it cannot be told."""
@@ -119,6 +159,10 @@ def with_objects(messages: types.Messages) -> list[dict[str, Any]]:
       message["tool_calls"] = [_decode_arguments(call) for call in calls]
     rendered.append(message)
   return rendered
+
+
+def _digest(text: str) -> bytes:
+  return hashlib.sha256(text.encode(errors="surrogatepass")).digest()[:16]
 
 
 def _decode_arguments(call: Mapping[str, Any]) -> dict[str, Any]:

@@ -105,12 +105,9 @@ def likeness(sent: Turn, sampled: Turn) -> int:
 
 def digest_of(*texts: str) -> bytes:
   """A digest of texts, 16 bytes."""
-  digest = hashlib.blake2b(digest_size=16)
-  for text in texts:
-    data = text.encode()
-    digest.update(b"%d:" % len(data))
-    digest.update(data)
-  return digest.digest()
+  parts = [text.encode() for text in texts]
+  lengths = ",".join(str(len(part)) for part in parts)
+  return hashlib.sha256(b"".join([lengths.encode(), *parts])).digest()[:16]
 
 
 def canonical(arguments: str) -> str:

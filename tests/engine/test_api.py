@@ -33,6 +33,15 @@ def request(**sampling):
   )
 
 
+def test_a_prompt_may_be_any_sequence_of_ids():
+  for ids in ((1, 2), [1, 2], range(1, 3)):
+    asked = api.GenerateRequest("r", ids, api.SamplingParams(max_tokens=1))
+    assert asked.prompt_ids.tolist() == [1, 2]
+    assert asked.prompt_ids.dtype == "int32"
+  with pytest.raises(errors.EngineError, match="does not fit 32 bits"):
+    api.GenerateRequest("r", (2**31,), api.SamplingParams(max_tokens=1))
+
+
 def test_plain_is_what_changes_no_distribution():
   fields = {f.name for f in dataclasses.fields(api.SamplingParams)}
   assert fields == CHANGES.keys() | NEUTRAL.keys()

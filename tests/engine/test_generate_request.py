@@ -47,7 +47,7 @@ def test_every_sampling_parameter_survives_the_way():
 def test_the_defaults_are_sglangs():
   asked = parse({"input_ids": [1, 2]})
   [request] = asked.requests
-  assert request.prompt_ids == (1, 2) and request.id
+  assert request.prompt_ids.tolist() == [1, 2] and request.id
   assert request.sampling == api.SamplingParams(
     max_tokens=98, seed=request.sampling.seed
   )

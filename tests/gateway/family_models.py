@@ -57,7 +57,7 @@ def renderer_of(family, reasons=False, keep_reasoning=False):
 
 def whole(renderer, messages, tools):
   """The text of a conversation, rendered from scratch, up to its reply."""
-  return renderer.decode(renderer.render(messages, tools))
+  return renderer.decode(renderer.render(messages, tools).ids)
 
 
 def sampled(renderer, messages, said, tools):

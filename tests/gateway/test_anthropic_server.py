@@ -89,7 +89,7 @@ def assert_one_lineage(h, completions, forest):
     seen = before.prompt_ids.tolist() + before.response_ids.tolist()
     assert after.parent == before.id
     assert after.prompt_ids.tolist()[: len(seen)] == seen
-    assert tuple(after.prompt_ids) == h.requests[n].prompt_ids
+    assert after.prompt_ids.tolist() == h.requests[n].prompt_ids.tolist()
   assert [node["mismatch"] for node in forest["nodes"]] == [None] * len(
     forest["nodes"]
   )

@@ -128,7 +128,7 @@ class Model:
     self.grammars = engine_grammar.Grammars(tokenizer, len(tokenizer) + 3)
 
   def prompt(self, tools):
-    return self.renderer.render(MESSAGES, tools)
+    return self.renderer.render(MESSAGES, tools).ids
 
   def reply(self, wanted, tools, seed, *, think=0.5, most=1500):
     """A reply drawn from what is allowed, parsed; and its text."""

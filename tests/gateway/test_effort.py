@@ -51,7 +51,7 @@ async def test_an_effort_reaches_a_template_that_knows_it(
 def test_no_effort_turns_thinking_off(tool_tokenizer):
   renderer = render.Renderer(with_head(tool_tokenizer, SWITCH))
   off = renderer.with_effort("none")
-  assert "Think not." in off.decode(off.render([user("?")], ()))
+  assert "Think not." in off.decode(off.render([user("?")], ()).ids)
   assert renderer.with_effort("none") is off
   assert renderer.with_effort("high") is renderer
 

@@ -74,7 +74,7 @@ async def check_chain(h, session="s"):
     assert after.parent == before.id
     assert after.prompt_ids.tolist()[: len(seen)] == seen
   for completion, request in zip(completions, h.requests, strict=True):
-    assert tuple(completion.prompt_ids) == request.prompt_ids
+    assert completion.prompt_ids.tolist() == request.prompt_ids.tolist()
   return completions
 
 

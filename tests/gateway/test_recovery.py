@@ -15,6 +15,7 @@ import pytest
 
 from forge_jax import client, errors, types
 from forge_jax.gateway import (
+  addition,
   attempts,
   records,
   replay,
@@ -396,7 +397,7 @@ def test_a_full_disk_is_a_503(tmp_path, monkeypatch):
 def test_what_was_lost_and_what_is_the_main_conversation_come_back():
   class Empty:
     def render(self, messages, tools):
-      return [1]
+      return addition.Addition.of([1])
 
   opening = records.opening("s", 0, {}, (b"", b""))
   left, session = [], sessions.Session("s", 0, {})

@@ -1,4 +1,6 @@
+import asyncio
 import copy
+import threading
 
 import hypothesis
 from hypothesis import strategies as st
@@ -25,7 +27,8 @@ def turn(role, text):
 def play(renderer, tokenizer, tools, said, cuts):
   """Plays a conversation; returns (ids the model saw, its messages)."""
   messages = [turn("system", "Be brief."), turn("user", said[0])]
-  prompt = renderer.render(messages, tools)
+  added = renderer.render(messages, tools)
+  prompt = list(added.ids)
   for text, cut in zip(said[1:], cuts, strict=True):
     response = tokenizer.encode(text, add_special_tokens=False)
     if not cut or not response:
@@ -33,9 +36,12 @@ def play(renderer, tokenizer, tools, said, cuts):
     content = renderer.parse(prompt, response, tools).content
     messages.append(turn("assistant", content))
     new = [turn("user", text[::-1])]
-    added = renderer.extend(prompt, response, messages, new, tools)
-    assert added is not None
-    prompt = prompt + response + added
+    extends = (prompt, response, messages, new, tools)
+    slow = renderer.extend(*extends)  # compares several renderings
+    added = renderer.extend(*extends, added.written)
+    assert added.ids.tolist() == slow.ids.tolist()
+    assert added.written == slow.written
+    prompt = [*prompt, *response, *added.ids]
     messages += new
   return prompt, messages
 
@@ -57,8 +63,56 @@ def test_what_the_model_sees_is_the_whole_rendering(request, which, said, data):
   renderer = render.Renderer(tokenizer)
   cuts = [data.draw(st.booleans()) for _ in said[1:]]
   seen, messages = play(renderer, tokenizer, tools, said, cuts)
-  whole = renderer.render(messages, tools)
+  whole = renderer.render(messages, tools).ids
   assert renderer.decode(seen) == renderer.decode(whole)
+
+
+def test_one_rendering_shows_what_follows_a_reply(smollm2, monkeypatch):
+  renderer = render.Renderer(smollm2)
+  messages = [turn("system", "x"), turn("user", "a")]
+  prompt, response = renderer.render(messages, []), smollm2.encode("b")
+  response.append(smollm2.eos_token_id)
+  rendered = []
+  write = smollm2.apply_chat_template
+  monkeypatch.setattr(
+    smollm2,
+    "apply_chat_template",
+    lambda m, **kwargs: rendered.append(m) or write(m, **kwargs),
+  )
+  for said, count in (("b", 1), ("other", 2)):  # as it was sampled, or not
+    rendered.clear()
+    conversation = [*messages, turn("assistant", said)]
+    added = renderer.extend(
+      prompt.ids,
+      response,
+      conversation,
+      [turn("user", "c")],
+      [],
+      prompt.written,
+    )
+    assert renderer.decode(added.ids) == (
+      "\n<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert len(rendered) == count
+
+
+async def test_a_long_text_is_encoded_beside_the_loop(smollm2, monkeypatch):
+  renderer = render.Renderer(smollm2)
+  free = threading.Event()
+  encode = renderer.encode_rest
+  monkeypatch.setattr(
+    renderer, "encode_rest", lambda text: free.wait(30) and encode(text)
+  )
+  added = renderer.render([turn("user", "a long story " * 400)], [])
+  task = asyncio.create_task(added.ready())
+  await asyncio.sleep(0.01)
+  assert not task.done()
+  free.set()  # which nobody could, were the loop held
+  await task
+  assert (
+    added.ids.tolist()
+    == renderer.render([turn("user", "a long story " * 400)], []).ids.tolist()
+  )
 
 
 @pytest.mark.parametrize("name", ["default", "qwen3"])
@@ -67,7 +121,7 @@ def test_calls_and_results_extend_the_sampled_ids(
 ):
   renderer = render.Renderer(tool_tokenizer, name)
   messages, tools = [turn("user", "2+3?")], [calculator]
-  prompt = renderer.render(messages, tools)
+  prompt = list(renderer.render(messages, tools).ids)
   # The model writes its JSON with spaces that no template would write.
   said = '<tool_call>\n{"name":  "calculate",  "arguments": {"expression": "2+3"}}\n</tool_call>'
   response = [*tool_tokenizer.encode(said), tool_tokenizer.eos_token_id]
@@ -92,12 +146,12 @@ def test_calls_and_results_extend_the_sampled_ids(
   )
   new = [{"role": "tool", "tool_call_id": "x", "content": "5"}]
   added = renderer.extend(prompt, response, messages, new, tools)
-  assert renderer.decode(added) == (
+  assert renderer.decode(added.ids) == (
     "\n<|im_start|>user\n<tool_response>\n5\n</tool_response><|im_end|>\n"
     "<|im_start|>assistant\n"
   )
-  whole = renderer.decode(renderer.render([*messages, *new], tools))
-  seen = renderer.decode(prompt + response + added)
+  whole = renderer.decode(renderer.render([*messages, *new], tools).ids)
+  seen = renderer.decode([*prompt, *response, *added.ids])
   if name == "default":
     assert seen.replace("  ", " ") == whole
 
@@ -157,7 +211,7 @@ def test_a_template_that_rewrites_its_past_is_not_extended(smollm2):
   )
   renderer = render.Renderer(tokenizer)
   messages = [turn("user", "hi")]
-  prompt = renderer.render(messages, [])
+  prompt = renderer.render(messages, []).ids
   response = [*tokenizer.encode("hello"), tokenizer.eos_token_id]
   messages.append(turn("assistant", "hello"))
   new = [turn("user", "again")]
@@ -171,7 +225,10 @@ def test_a_turn_ended_by_another_stop_token_is_not_extended(smollm2):
   # Both end a turn: the tokenizer's, and the one that the template writes.
   assert set(renderer.stop_token_ids) == {0, 2}
   messages = [turn("user", "hi"), turn("assistant", "hello")]
-  prompt, said = renderer.render(messages[:1], []), tokenizer.encode("hello")
+  prompt, said = (
+    renderer.render(messages[:1], []).ids,
+    tokenizer.encode("hello"),
+  )
   new = [turn("user", "again")]
   assert renderer.extend(prompt, [*said, 2], messages, new, [])
   assert renderer.extend(prompt, [*said, 0], messages, new, []) is None
@@ -209,15 +266,15 @@ def test_a_template_s_own_variable_keeps_reasoning(smollm2, keep):
   )
   renderer = render.Renderer(tokenizer, keep_reasoning=keep)
   messages = [turn("user", "hi")]
-  prompt = renderer.render(messages, [])
+  prompt = renderer.render(messages, []).ids
   response = [*tokenizer.encode("hm|hello"), tokenizer.eos_token_id]
   messages.append({**turn("assistant", "hello"), "reasoning_content": "hm"})
   new = [turn("user", "again")]
   added = renderer.extend(prompt, response, messages, new, [])
   assert (added is not None) == keep
   if keep:
-    whole = renderer.render([*messages, *new], [])
-    seen = [*prompt, *response, *added]
+    whole = renderer.render([*messages, *new], []).ids
+    seen = [*prompt, *response, *added.ids]
     assert renderer.decode(seen) == renderer.decode(whole)
 
 
@@ -225,7 +282,7 @@ def test_template_variables_reach_the_template(smollm2):
   tokenizer = copy.deepcopy(smollm2)
   tokenizer.chat_template = "{{ mood }}" + smollm2.chat_template
   renderer = render.Renderer(tokenizer, template_kwargs={"mood": "calm"})
-  ids = renderer.render([turn("user", "x")], [])
+  ids = renderer.render([turn("user", "x")], []).ids
   assert renderer.decode(ids).startswith("calm<|im_start|>")
 
 

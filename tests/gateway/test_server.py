@@ -1,6 +1,7 @@
 import asyncio
 import itertools
 import json
+import threading
 
 import aiohttp
 import httpx
@@ -41,7 +42,7 @@ async def test_three_turns_keep_every_sampled_id(
     seen = before.prompt_ids.tolist() + before.response_ids.tolist()
     assert after.prompt_ids.tolist()[: len(seen)] == seen
     assert after.parent == before.id
-    assert tuple(after.prompt_ids) == h.requests[n].prompt_ids
+    assert after.prompt_ids.tolist() == h.requests[n].prompt_ids.tolist()
   assert h.text(completions[0].response_ids).startswith("I  will. <tool_call>")
   assert [c.stop_reason for c in completions] == [types.StopReason.STOP] * 3
   assert messages[-1]["content"] == "It is 7."
@@ -283,6 +284,31 @@ async def test_closing_a_session_aborts_what_it_runs(start, smollm2):
   assert status == 401
 
 
+async def test_a_session_closed_while_a_prompt_is_encoded_samples_nothing(
+  start, smollm2, monkeypatch
+):
+  h = await start(smollm2)
+  keys = await h.open()
+  encoding, free = threading.Event(), threading.Event()
+  encode = h.gateway.renderer.encode_rest
+
+  def slowly(text):
+    encoding.set()
+    return free.wait(30) and encode(text)
+
+  monkeypatch.setattr(h.gateway.renderer, "encode_rest", slowly)
+  running = asyncio.create_task(
+    h.post(keys, {"messages": [user("long " * 1000)]})
+  )
+  assert await asyncio.to_thread(encoding.wait, 30)
+  closing = asyncio.create_task(h.admin.close_session("s"))
+  while not h.gateway._table.by_id("s").closed:
+    await asyncio.sleep(0.01)
+  free.set()
+  assert (await closing)[0] == () and h.requests == []
+  assert (await running)[0] == 401
+
+
 async def test_a_prompt_over_the_context_is_refused(start, smollm2):
   h = await start(smollm2, max_context=64)
   keys = await h.open()
@@ -404,7 +430,7 @@ async def test_forest_as_json(start, smollm2):
     ("s/1", "s/1/prompt", True),
   ]
   ids = [i for n in nodes[:3] for i in n["token_ids"]]
-  assert tuple(ids) == h.requests[1].prompt_ids
+  assert list(ids) == h.requests[1].prompt_ids.tolist()
 
 
 async def test_models_and_unknown_routes(start, smollm2):

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from forge_jax import types
-from forge_jax.gateway import refusal, sessions, turns
+from forge_jax.gateway import addition, refusal, sessions, turns
 
 
 class Numbers:
@@ -14,10 +14,10 @@ class Numbers:
   extends = True
 
   def render(self, messages, tools):
-    return [len(m["content"] or "") for m in messages]
+    return addition.Addition.of([len(m["content"] or "") for m in messages])
 
-  def extend(self, prompt_ids, response_ids, conversation, new, tools):
-    return self.render(new, tools) if self.extends else None
+  def extend(self, prompt_ids, response_ids, conversation, new, *others):
+    return self.render(new, ()) if self.extends else None
 
 
 def user(text):
@@ -53,11 +53,11 @@ def test_the_deepest_conversation_is_extended(session):
   ask(session, history, assistant("y"))
   history += [assistant("y"), user("ccc")]
   plan = ask(session, history, assistant("z"))
-  assert plan.prompt_ids == [1, 100, 7, 2, 101, 7, 3]
-  assert plan.added_ids == [3]
+  assert plan.prompt_ids.tolist() == [1, 100, 7, 2, 101, 7, 3]
+  assert plan.added_ids.tolist() == [3]
   completions = session.completions()
   assert [c.parent for c in completions] == [None, "s/0", "s/1"]
-  assert completions[2].prompt_ids.tolist() == plan.prompt_ids
+  assert completions[2].prompt_ids.tolist() == plan.prompt_ids.tolist()
   assert completions[0].versions.tolist() == [0, 1]
   assert not session.fork_reasons
 
@@ -158,9 +158,9 @@ def test_what_is_extended_is_shown_as_it_was_sampled(session):
   seen = []
 
   class Shown(Numbers):
-    def extend(self, prompt_ids, response_ids, conversation, new, tools):
+    def extend(self, prompt_ids, response_ids, conversation, *others):
       seen.extend(conversation)
-      return super().extend(prompt_ids, response_ids, conversation, new, tools)
+      return super().extend(prompt_ids, response_ids, conversation, *others)
 
   replay = assistant("", tool_calls=[tool_call('{"a":1}', "toolu_1")])
   ask(session, [user("a"), replay, user("b")], renderer=Shown())

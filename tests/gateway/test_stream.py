@@ -59,7 +59,8 @@ def test_the_pieces_sent_are_the_reply(
   renderer = render.Renderer(tool_tokenizer, name)
   tools = [calculator] if with_tools else []
   stop = ("END",) if with_stop else ()
-  prompt = renderer.render([{"role": "user", "content": "hi"}], tools)
+  asked = [{"role": "user", "content": "hi"}]
+  prompt = renderer.render(asked, tools).ids
   ids = tool_tokenizer.encode("".join(pieces), add_special_tokens=False)
   ids = ids[: len(ids) - cut] if cut else ids
   ids = ids[: len(renderer.before_stop(ids)) + 1]  # where an engine ends

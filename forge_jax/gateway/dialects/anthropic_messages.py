@@ -170,7 +170,7 @@ def count_tokens(body: Any, renderer: render.Renderer) -> dict[str, int]:
   fields.field(body, "model", str)
   turn = _turn(body)
   renderer = renderer.with_effort(turn.reasoning_effort)
-  return {"input_tokens": len(renderer.render(turn.messages, turn.tools))}
+  return {"input_tokens": len(renderer.render(turn.messages, turn.tools).ids)}
 
 
 def _turn(body: dict[str, Any]) -> generation.Turn:

@@ -44,7 +44,7 @@ def whole(generated: generation.Generation, style: Style) -> str:
     "usage": _usage(generated),
   }
   if style.return_token_ids:
-    value["prompt_token_ids"] = generated.plan.prompt_ids
+    value["prompt_token_ids"] = generated.plan.prompt_ids.tolist()
     value["token_ids"] = generated.token_ids
   return wire.Message.model_validate(value).model_dump_json(exclude_unset=True)
 
@@ -95,7 +95,7 @@ class MessageStream:
       "usage": _usage(generated),
     }
     if self._style.return_token_ids:
-      message_delta["prompt_token_ids"] = generated.plan.prompt_ids
+      message_delta["prompt_token_ids"] = generated.plan.prompt_ids.tolist()
       message_delta["token_ids"] = generated.token_ids
     events.append(_event(wire.RawMessageDeltaEvent, message_delta))
     events.append(_event(wire.RawMessageStopEvent, {"type": "message_stop"}))

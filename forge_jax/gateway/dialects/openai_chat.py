@@ -95,7 +95,7 @@ class ChatRequest:
       "usage": _usage(choices),
     }
     if self.return_token_ids:
-      value["prompt_token_ids"] = choices[0].plan.prompt_ids
+      value["prompt_token_ids"] = choices[0].plan.prompt_ids.tolist()
     return chat.ChatCompletion.model_validate(value).model_dump_json(
       exclude_unset=True
     )
@@ -231,7 +231,7 @@ class ChatStream:
     if number not in self._begun:
       delta = {"role": "assistant", "content": "", **delta}
       if self._request.return_token_ids and not self._begun:
-        top["prompt_token_ids"] = self._choices[0].plan.prompt_ids
+        top["prompt_token_ids"] = self._choices[0].plan.prompt_ids.tolist()
       self._begun.add(number)
     choice = {
       "index": number,

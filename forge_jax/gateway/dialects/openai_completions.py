@@ -87,7 +87,7 @@ class CompletionRequest:
         value["logprobs"] = _Logprobs(renderer).of(choice)
       if self.return_token_ids:
         value["token_ids"] = choice.token_ids
-        value["prompt_token_ids"] = choice.plan.prompt_ids
+        value["prompt_token_ids"] = choice.plan.prompt_ids.tolist()
       said.append(value)
     value = self.head(choices) | {
       "choices": said,
@@ -193,7 +193,9 @@ class CompletionStream:
     if self._request.return_token_ids and delta.token_ids:
       extra["token_ids"] = list(delta.token_ids)
       if choice not in self._begun:
-        extra["prompt_token_ids"] = self._choices[choice].plan.prompt_ids
+        extra["prompt_token_ids"] = self._choices[
+          choice
+        ].plan.prompt_ids.tolist()
     if not (delta.content or extra):
       return ""
     self._begun.add(choice)

@@ -154,7 +154,7 @@ class ResponsesRequest:
     )
     response["output"] = output
     if self.return_token_ids:
-      response["prompt_token_ids"] = generated.plan.prompt_ids
+      response["prompt_token_ids"] = generated.plan.prompt_ids.tolist()
       response["token_ids"] = generated.token_ids
     response["usage"] = openai_responses_output.usage(generated, renderer)
     if self.store:
@@ -252,7 +252,7 @@ def count(
   _text(fields.field(body, "text", dict, {}))
   _, _, messages = _conversation(body, session.stored)
   renderer = renderer.with_effort(effort)
-  return len(renderer.render(messages, tools.functions))
+  return len(renderer.render(messages, tools.functions).ids)
 
 
 def _checked(body: Any) -> dict[str, Any]:
