@@ -119,7 +119,7 @@ class ScriptedEngine:
     room = self._max_context - len(request.prompt_ids)
     if sampling.stop_strings and self._decode is None:
       raise errors.EngineError("stop strings need a scripted engine's `decode`")
-    tokens = tuple(self._reply(request))
+    tokens = tuple(map(int, self._reply(request)))
     tokens = tokens[: min(room, sampling.max_tokens)]
     for n, token in enumerate(tokens, 1):
       if token in sampling.stop_token_ids or (

@@ -60,8 +60,13 @@ class AdminRoutes:
 
   async def _open(self, request: web.Request) -> web.Response:
     self.check(request)
+    self._journal.check()
     opened = self._table.open(*_opening(await http.read_json(request)))
-    await self._journal.sync()
+    try:
+      await self._journal.sync()
+    except refusal.Refusal:  # the client will open it again
+      await self._table.close(opened.session)
+      raise
     return web.json_response(
       {
         "id": opened.session.id,
@@ -89,6 +94,7 @@ class AdminRoutes:
       raise refusal.Refusal(str(error), param="rewards") from error
     if session.closed:
       raise refusal.Refusal(f"session {session.id!r} is closed", status=409)
+    self._journal.check()
     session.reward(parsed)
     await self._journal.sync()
     return web.json_response({"rewards": len(session.rewards)})

@@ -11,6 +11,7 @@ A client that has not got its reply asks again, with the same bytes. Invariants:
 from collections.abc import Mapping
 import dataclasses
 import hashlib
+import sys
 import time
 
 from forge_jax import types
@@ -32,6 +33,7 @@ ID_HEADERS = (
   "x-session-affinity",
 )
 _LONGEST_ID = 256  # characters that are kept
+_NO_IDS: Mapping[str, str] = {}  # of the many requests that bear none
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -53,26 +55,30 @@ def read(
   retries = headers.get("x-stainless-retry-count", "")
   return Caller(
     protocol=protocol,
-    model=model,
+    model=sys.intern(model),  # every request of an agent names the same
     digest=hashlib.blake2b(body, digest_size=16).hexdigest(),
     client_ids={
       name: headers[name][:_LONGEST_ID]
       for name in ID_HEADERS
       if name in headers
-    },
+    }
+    or _NO_IDS,
     retries=int(retries) if retries.isdecimal() and len(retries) < 9 else 0,
     arrived=time.monotonic(),
   )
 
 
 class Attempt:
-  """A request being served."""
+  """A request being served, or one that was and may be asked again."""
+
+  __slots__ = ("caller", "completions", "lost", "original", "over")
 
   def __init__(self, caller: Caller, original: "Attempt | None" = None):
     """`original` is the attempt that it repeats."""
     self.caller = caller
     self.original = original
-    self.completions: dict[int, str] = {}  # recorded so far, by choice
+    # Names of what was recorded so far, by choice.
+    self.completions: tuple[str | None, ...] = ()
     self.lost = False  # its reply did not arrive
     self.over = False
 
@@ -91,10 +97,15 @@ class Attempt:
     """The recorded completion that a choice repeats; None: there is none."""
     original = self.original
     while original is not None:
-      if choice in original.completions:
-        return original.completions[choice]
+      if name := dict(enumerate(original.completions)).get(choice):
+        return name
       original = original.original
     return None
+
+  def record(self, choice: int, name: str) -> None:
+    """Remembers the completion of a choice."""
+    names = dict(enumerate(self.completions)) | {choice: name}
+    self.completions = tuple(names.get(n) for n in range(max(names) + 1))
 
 
 class Attempts:
@@ -102,27 +113,29 @@ class Attempts:
 
   def __init__(self):
     """Begins empty."""
-    self._untied: dict[str, list[Attempt]] = {}  # by digest, in order
+    self._untied: dict[str, tuple[Attempt, ...]] = {}  # by digest, in order
     self.lost: set[str] = set()  # completions that did not arrive
 
   def begin(self, caller: Caller) -> Attempt:
     """A request that has come in; `end` ends it."""
-    earlier = self._untied.setdefault(caller.digest, [])
+    earlier = self._untied.get(caller.digest, ())
     known = [a for a in earlier if a.lost] or (
-      earlier if caller.retries else []
+      earlier if caller.retries else ()
     )
-    attempt = Attempt(caller, known[-1] if known else None)
-    if known:
-      earlier.remove(known[-1])
-    earlier.append(attempt)
+    original = known[-1] if known else None
+    attempt = Attempt(caller, original)
+    others = (a for a in earlier if a is not original)
+    self._untied[caller.digest] = (*others, attempt)
     return attempt
 
   def end(self, attempt: Attempt, delivered: bool) -> None:
     """Tells whether the client was sent the whole reply."""
     attempt.over, attempt.lost = True, not delivered
     if attempt.lost:
-      self.lost.update(attempt.completions.values())
+      self.lost.update(filter(None, attempt.completions))
       return
     # Of those whose replies arrived the latest is all that may be asked again.
-    untied = self._untied[attempt.caller.digest]
-    untied[:] = [a for a in untied if a.lost or not a.over or a is attempt]
+    digest = attempt.caller.digest
+    self._untied[digest] = tuple(
+      a for a in self._untied[digest] if a.lost or not a.over or a is attempt
+    )

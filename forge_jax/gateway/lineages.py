@@ -19,7 +19,7 @@ import hashlib
 import json
 from typing import Any
 
-import orjson
+import msgpack
 
 from forge_jax import types
 from forge_jax.gateway import turns
@@ -40,14 +40,14 @@ _NOWHERE: Place = bytes(16)  # no message yet
 class Known:
   """An assistant's turn that has followed a conversation."""
 
-  said: bytes  # the message, as JSON
+  said: bytes  # the message, in MessagePack
   behind: Place  # the conversation with it
   node: Any | None = None  # a forest.Node, if it is a delivered reply
   tools: bytes = b""  # digest of the tools of the request that it answers
 
   def message(self) -> types.Message:
     """The turn as it was shown to the model."""
-    return orjson.loads(self.said)
+    return msgpack.unpackb(self.said)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -129,7 +129,7 @@ class Lineages:
     turn = turns.read(message)
     behind = _behind(place, turn.digest())
     tools = self._tools.setdefault(tools, tools)
-    self._follow(place, Known(orjson.dumps(message), behind, node, tools))
+    self._follow(place, Known(msgpack.packb(message), behind, node, tools))
     self._said.add(turn.loose_digest())
 
   def _after(self, place: Place, message: types.Message) -> Place:
@@ -138,7 +138,7 @@ class Lineages:
     if message["role"] != "assistant":
       self._turns.setdefault(behind, ())
     elif not any(k.behind == behind for k in self._turns.get(place, ())):
-      self._follow(place, Known(orjson.dumps(message), behind))
+      self._follow(place, Known(msgpack.packb(message), behind))
     return behind
 
   def _follow(self, place: Place, known: Known) -> None:

@@ -62,7 +62,9 @@ class ResponseRoutes:
 
   async def _delete(self, request: web.Request) -> web.Response:
     id = request.match_info["id"]
-    self._session_of(request).stored.delete(id)
+    session = self._session_of(request)
+    self._journal.check()
+    session.stored.delete(id)
     await self._journal.sync()
     return web.json_response({"id": id, "object": "response", "deleted": True})
 

@@ -64,6 +64,7 @@ class Service:
       ForgeError: it is refused, or fails before its first token.
     """
     self._gate.check(session.id)  # before the body is read
+    self._journal.check()
     body = await http.read_json(request)
     asked = dialect.parse(body, session)
     attempt = session.attempts.begin(
@@ -85,8 +86,7 @@ class Service:
           choices.append(await s.enter_async_context(choice))
         if asked.stream:
           events = asked.events(choices, self._renderer)
-          response = await self._stream(request, choices, events)
-          delivered = all(choice.finished for choice in choices)
+          response, delivered = await self._stream(request, choices, events)
           return response
         async with contextlib.aclosing(_deltas(choices, False)) as deltas:
           async for _ in deltas:
@@ -105,7 +105,9 @@ class Service:
     request: web.Request,
     choices: Sequence[generation.Generation],
     events: base.Events,
-  ) -> web.StreamResponse:
+  ) -> tuple[web.StreamResponse, bool]:
+    """Streams a reply; returns the response, and whether it was sent whole."""
+    whole = False
     response = web.StreamResponse(
       headers={
         "Content-Type": "text/event-stream",
@@ -125,6 +127,7 @@ class Service:
         end = events.end()
         await self._journal.sync()  # what is acknowledged by the end is kept
         await _write(request, response, end)
+        whole = True
       except ConnectionResetError:
         raise
       except Exception as error:  # the boundary of a request that has begun
@@ -132,7 +135,7 @@ class Service:
           _log.exception("a streamed request failed")
         await _write(request, response, events.fail(error))
     await response.write_eof()
-    return response
+    return response, whole
 
 
 async def _write(

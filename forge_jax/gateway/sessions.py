@@ -189,7 +189,7 @@ class Session:
     if plan.attempt is not None:
       retry_of = plan.attempt.repeats(plan.choice)
       request = dataclasses.replace(request, retry_of=retry_of)
-      plan.attempt.completions[plan.choice] = plan.request_id
+      plan.attempt.record(plan.choice, plan.request_id)
     node = forest.Node(
       number=plan.number,
       name=plan.request_id,
@@ -245,7 +245,7 @@ class Session:
     """Ends a request at the gateway; was the client sent the whole reply?"""
     self.attempts.end(attempt, delivered)
     if attempt.lost and attempt.completions:
-      self.log(records.lost(attempt.completions.values()))
+      self.log(records.lost(filter(None, attempt.completions)))
 
   def drop(self, plan: plans.Plan) -> None:
     """Ends a request of which nothing was sampled, or that was recorded."""

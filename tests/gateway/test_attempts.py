@@ -31,7 +31,7 @@ class Played:
   def end(self, number, *, delivered, recorded=True):
     attempt = self._begun[number]
     if recorded:
-      attempt.completions[0] = f"s/{number}"
+      attempt.record(0, f"s/{number}")
     self.attempts.end(attempt, delivered)
 
   def ask(self, by, *, delivered=True, recorded=True):

@@ -148,25 +148,73 @@ async def test_a_name_may_be_used_again(tmp_path):
   assert await asyncio.to_thread(left, tmp_path) == [("a", {})]
 
 
-async def test_a_failed_sync_is_final(tmp_path, monkeypatch):
+def full(*_):
+  raise OSError(28, "No space left on device")
+
+
+def torn(descriptor, buffers):
+  """Writes a part of a batch before it fails."""
+  os.write(descriptor, bytes(buffers[0])[:5])
+  full()
+
+
+# What fails, by name in `os`.
+FAILURES = [
+  {"fdatasync": full},
+  {"writev": torn},
+  {"fdatasync": full, "open": full},  # nor can a new segment be made
+]
+
+
+@pytest.mark.parametrize("failing", FAILURES)
+@pytest.mark.parametrize("segment_bytes", [1, 2**20])
+async def test_a_disk_that_was_full_loses_nothing(
+  tmp_path, monkeypatch, failing, segment_bytes
+):
+  monkeypatch.setattr(journal, "_FIRST_PAUSE", 0.01)
+  opened = journal.Journal(tmp_path, segment_bytes=segment_bytes)
+  assert list(opened.read()) == []
+  opened.append("s", {"n": 0})
+  await opened.sync()
+  with monkeypatch.context() as patch:
+    for name, fails in failing.items():
+      patch.setattr(segment.os, name, fails)
+    opened.append("s", {"n": 1})
+    with pytest.raises(refusal.Refusal, match="No space left") as caught:
+      await opened.sync()
+    assert caught.value.status == 503 and caught.value.retry_after > 0
+    opened.append("s", {"n": 2})  # of a request that was running
+    with pytest.raises(refusal.Refusal, match="No space left"):
+      await opened.sync()
+    await asyncio.sleep(0.05)  # it is tried again, in vain
+    with pytest.raises(refusal.Refusal, match="No space left"):
+      opened.check()
+  while True:
+    try:
+      await opened.sync()
+      break
+    except refusal.Refusal:
+      await asyncio.sleep(0.01)
+  opened.check()
+  opened.append("s", {"n": 3})
+  await opened.sync()
+  await opened.aclose()
+  found = await asyncio.to_thread(left, tmp_path)
+  assert found == [("s", {"n": n}) for n in range(4)]
+
+
+async def test_the_end_does_not_wait_for_a_full_disk(tmp_path, monkeypatch):
   opened = journal.Journal(tmp_path)
   assert list(opened.read()) == []
   opened.append("s", {"n": 0})
   await opened.sync()
-
-  def full(_):
-    raise OSError(28, "No space left on device")
-
   with monkeypatch.context() as patch:
     patch.setattr(segment.os, "fdatasync", full)
     opened.append("s", {"n": 1})
-    with pytest.raises(refusal.Refusal, match="No space left") as caught:
+    with pytest.raises(refusal.Refusal):
       await opened.sync()
-  assert caught.value.status == 503
-  opened.append("s", {"n": 2})
-  with pytest.raises(refusal.Refusal, match="No space left"):
-    await opened.sync()
-  await opened.aclose()
+    await opened.aclose()
+  assert ("s", {"n": 0}) in await asyncio.to_thread(left, tmp_path)
 
 
 async def test_a_folder_has_one_writer(tmp_path):

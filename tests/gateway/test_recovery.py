@@ -17,6 +17,7 @@ from forge_jax import client, errors, types
 from forge_jax.gateway import (
   addition,
   attempts,
+  journal,
   records,
   replay,
   scripted,
@@ -373,25 +374,41 @@ def test_two_gateways_share_no_journal(tmp_path):
     pass
 
 
-def test_a_full_disk_is_a_503(tmp_path, monkeypatch):
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_full_disk_is_a_503_as_long_as_it_is_full(
+  tmp_path, monkeypatch, stream
+):
+  monkeypatch.setattr(journal, "_FIRST_PAUSE", 0.01)
   config = server.GatewayConfig(journal=str(tmp_path))
   with scripted.serve(["one", "two"], config=config) as gateway:
     with client.open_session(gateway.url, gateway.admin_token, "s") as session:
 
-      def full(_):
-        raise OSError(28, "No space left on device")
-
-      monkeypatch.setattr(segment.os, "fdatasync", full)
-      for stream in (False, True):
-        reply = httpx.post(
+      def ask():
+        return httpx.post(
           f"{session.base_url}/chat/completions",
           json={"model": "m", "messages": [user("?")], "stream": stream},
           headers={"Authorization": f"Bearer {session.api_key}"},
         )
-        assert "No space left" in reply.text
+
+      def full(_):
+        raise OSError(28, "No space left on device")
+
+      with monkeypatch.context() as patch:
+        patch.setattr(segment.os, "fdatasync", full)
+        reply = ask()
+        assert "No space left" in reply.text and "[DONE]" not in reply.text
         assert reply.status_code == (200 if stream else 503)
-        assert "[DONE]" not in reply.text
-    assert len(session.completions) == 2
+        reply = ask()  # is turned away before anything is sampled
+        assert reply.status_code == 503 and "retry-after" in reply.headers
+        with pytest.raises(errors.GatewayError, match="No space left"):
+          client.open_session(gateway.url, gateway.admin_token, "t").__enter__()
+      while (reply := ask()).status_code == 503:
+        time.sleep(0.01)
+      assert reply.status_code == 200 and "two" in reply.text
+    first, second = session.completions
+    assert second.request.retry_of == first.id
+    with client.open_session(gateway.url, gateway.admin_token, "t"):
+      pass
 
 
 def test_what_was_lost_and_what_is_the_main_conversation_come_back():
