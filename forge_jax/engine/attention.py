@@ -2,8 +2,9 @@
 
 One function, `attend`, behind which are XLA (any platform) and, on a TPU, the
 ragged paged attention kernel of `jax.experimental.pallas` (see
-`pallas_paged.py`). A step's T tokens are D decoding rows of one token each,
-then B blocks of W tokens of a sequence each, then padding.
+`pallas_paged.py`). A step's T tokens are D decoding rows, of one token each and
+those drafted to follow it, then B blocks of W tokens of a sequence each, then
+padding.
 """
 
 from typing import NamedTuple
@@ -31,9 +32,26 @@ class Rows(NamedTuple):
     """Positions of the tokens, int32."""
     return self.start_R[:, None] + jnp.arange(self.token_RW.shape[1])[None]
 
-  def places(self, page: int, nowhere: int) -> tuple[jax.Array, jax.Array]:
-    """Page and offset of each token [R * W]; `nowhere` where it is padding."""
-    at_RW = self.position_RW
+  @property
+  def apart(self) -> "Rows":
+    """The tokens as rows of one token each, [R * W, 1]."""
+    width = self.token_RW.shape[1]
+    real_RW = jnp.arange(width)[None] < self.length_R[:, None]
+    return Rows(
+      self.token_RW.reshape(-1, 1),
+      self.position_RW.reshape(-1),
+      real_RW.reshape(-1).astype(jnp.int32),
+      jnp.repeat(self.table_RN, width, axis=0),
+    )
+
+  def places(
+    self, page: int, nowhere: int, back: int = 0
+  ) -> tuple[jax.Array, jax.Array]:
+    """Page and offset of each token [R * W]; `nowhere` where it is padding.
+
+    With `back`, those of the token so many before it, the first's at least.
+    """
+    at_RW = jnp.maximum(self.position_RW - back, 0)
     index_RW = jnp.minimum(at_RW // page, self.table_RN.shape[1] - 1)
     page_RW = jnp.take_along_axis(self.table_RN, index_RW, axis=1)
     real_RW = jnp.arange(at_RW.shape[1])[None] < self.length_R[:, None]
@@ -97,7 +115,7 @@ def attend(
     q_THC: queries: of `decode`, of `blocks`, of padding.
     cache: where the keys and values of these tokens are already.
     kv_heads: K.
-    decode: D rows of one token.
+    decode: D rows of one token or a few.
     blocks: B rows of W tokens.
 
   Returns:
@@ -106,7 +124,8 @@ def attend(
   if kind == "pallas_tpu":
     return pallas_paged.attend(q_THC, cache[0], kv_heads, decode, blocks)
   outs, start = [], 0
-  for rows in (decode, blocks):
+  # A few tokens go as rows of their own: to the last bit what each is alone.
+  for rows in (decode.apart, blocks):
     count = rows.token_RW.size
     if count:
       q = q_THC[start : start + count]
@@ -115,6 +134,36 @@ def attend(
       start += count
   outs.append(jnp.zeros_like(q_THC[start:]))
   return jnp.concatenate(outs)
+
+
+class Paged:
+  """A layer's attention of a step's tokens, which joins them to its pages.
+
+  Stands for the decoder's `attend`, once; `cache` then holds the tokens, too.
+  """
+
+  def __init__(
+    self,
+    kind: str,
+    cache: Cache,
+    at: tuple[jax.Array, jax.Array],
+    decode: Rows,
+    blocks: Rows,
+  ):
+    """Takes the pages so far, and where the tokens of `attend` go."""
+    self.cache = cache
+    self._kind, self._at = kind, at
+    self._decode, self._blocks = decode, blocks
+
+  def __call__(
+    self, q_THC: jax.Array, k_TKC: jax.Array, v_TKC: jax.Array
+  ) -> jax.Array:
+    """See `attend`."""
+    self.cache = write(self._kind, self.cache, k_TKC, v_TKC, *self._at)
+    heads = k_TKC.shape[-2]
+    return attend(
+      self._kind, q_THC, self.cache, heads, self._decode, self._blocks
+    )
 
 
 def _by_pages(

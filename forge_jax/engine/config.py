@@ -22,6 +22,9 @@ class EngineConfig:
   prefill_patience: int = 4  # decode steps a part-filled prefill step waits
   decode_steps: int = 4  # tokens decoded at once while nobody waits
   step_tokens: int = 0  # most tokens of a step; 0: as many as fit its shapes
+  # Most tokens that a model's modules draft for a step, where that pays; 0:
+  # none, and the modules are not taken in.
+  draft_tokens: int = 3
   most_waiting: int = 8192  # requests in the queue; more are refused
   reuse: bool = True  # whether requests share what is cached
   # What new weights do to requests that have sampled tokens: "keep" what older
@@ -58,6 +61,8 @@ class EngineConfig:
     for name in ("decode_steps", "most_waiting"):
       if getattr(self, name) < 1:
         raise errors.ConfigError(f"{name}={getattr(self, name)} is below 1")
+    if self.draft_tokens < 0:
+      raise errors.ConfigError(f"draft_tokens={self.draft_tokens} is below 0")
 
   @property
   def sequence_pages(self) -> int:

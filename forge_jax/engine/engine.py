@@ -11,15 +11,23 @@ Invariants:
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-import math
+import itertools
 import threading
 import time
 
 from absl import logging
-import numpy as np
 
 from forge_jax import errors, types
-from forge_jax.engine import api, grammar, prefix_cache, sampling, streams
+from forge_jax.engine import (
+  api,
+  endings,
+  grammar,
+  prefix_cache,
+  rows,
+  sampling,
+  speculation,
+  streams,
+)
 from forge_jax.engine import config as config_lib
 from forge_jax.engine import runner as runner_lib
 from forge_jax.engine import scheduler as scheduler_lib
@@ -56,6 +64,9 @@ class JaxEngine:
     self._decode_text = decode_text
     self._grammars = grammars
     self._runner = runner_lib.Runner(decoder, config)
+    self._speculation = speculation.Speculation(
+      config.decode_rows, config.draft_tokens if self._runner.modules else 0
+    )
     self._scheduler = scheduler_lib.Scheduler(
       scheduler_lib.SchedulerConfig(
         slots=config.slots,
@@ -69,6 +80,7 @@ class JaxEngine:
       prefix_cache.PrefixCache(
         config.pages, config.page, config.host_pages, reuse=config.reuse
       ),
+      self._speculation.length,
     )
     self._streams: dict[str, streams.Stream] = {}
     self._progress: dict[str, grammar.Progress] = {}  # of those with a grammar
@@ -169,7 +181,7 @@ class JaxEngine:
       )
 
   def stats(self) -> Mapping[str, float]:
-    """Totals since the start: tokens, seconds busy, cache use."""
+    """Totals since the start: tokens, seconds busy, cache use, drafts."""
     cache = self._scheduler.cache
     return {
       "sampled_tokens": self._sampled,
@@ -184,6 +196,7 @@ class JaxEngine:
       "live": len(self._scheduler) - self._scheduler.waiting,
       "waiting": self._scheduler.waiting,
       "version": self.version,
+      **self._speculation.stats(),
     }
 
   def _check(self, request: api.GenerateRequest) -> None:
@@ -273,12 +286,14 @@ class JaxEngine:
     started = time.perf_counter()
     self._runner.move(step.moves)
     results = self._runner.run(
-      [self._row(r, r.response[-1:], r.committed) for r in step.decode],
-      [self._row(b.live, b.tokens, b.start, b.last) for b in step.blocks],
-      step.decode_steps,
+      *rows.make(step, self._progress), step.decode_steps
     )
+    if not step.blocks:
+      taken = [sum(one.token_R >= 0 for one in some) for some in results]
+      seconds = time.perf_counter() - started
+      self._speculation.record(step.drafts, taken, seconds)
     self._prefilled += sum(len(block.tokens) for block in step.blocks)
-    for index, result in enumerate(results):
+    for index, result in enumerate(itertools.chain.from_iterable(results)):
       self._commit(step, index, result, posts)
     self._busy_seconds += time.perf_counter() - started
     self._steps += 1
@@ -297,8 +312,8 @@ class JaxEngine:
       logprob = float(result.logprob_R[row])
       reason = (
         self._scheduler.stop_reason(live)
-        or self._stop_string(live)
-        or self._early_stop(live, logprob)
+        or endings.stop_string(live, self._decode_text)
+        or endings.early_stop(live, logprob, self.config)
       )
       wanted = live.request.sampling.top_logprobs
       chunk = api.TokenChunk(
@@ -313,45 +328,6 @@ class JaxEngine:
         self._forget(live.request.id)
     self._follow([live for live, _ in sampled], posts)
 
-  def _row(
-    self,
-    live: scheduler_lib.LiveRequest,
-    tokens: Sequence[int],
-    start: int,
-    sample: bool = True,
-  ) -> runner_lib.Row:
-    params = live.request.sampling
-    greedy = params.temperature == 0
-    shape = None
-    if sample and live.stepwise:
-      progress = self._progress.get(live.request.id)
-      shape = sampling.Shape.make(
-        params,
-        np.asarray(live.prompt, np.int32),
-        live.response,
-        progress and progress.allowed,
-      )
-    return runner_lib.Row(
-      pages=live.lease.pages,
-      tokens=tokens,
-      start=start,
-      seed=params.seed & 0xFFFFFFFF,
-      temperature=params.temperature,
-      top_k=0 if greedy else params.top_k,
-      top_p=1.0 if greedy else params.top_p,
-      min_p=0.0 if greedy else params.min_p,
-      shape=shape,
-    )
-
-  def _early_stop(
-    self, live: scheduler_lib.LiveRequest, logprob: float
-  ) -> types.StopReason | None:
-    """Cuts off a response that has long been certain: it repeats itself."""
-    sure = logprob > math.log(self.config.early_stop_probability)
-    live.sure = live.sure + 1 if sure else 0
-    most = self.config.early_stop_tokens
-    return types.StopReason.LENGTH if 0 < most <= live.sure else None
-
   def _follow(
     self, sampled: Sequence[scheduler_lib.LiveRequest], posts: list
   ) -> None:
@@ -365,18 +341,6 @@ class JaxEngine:
         stream = self._streams[live.request.id]
         posts.append((stream, errors.GrammarError(message)))
         self._forget(live.request.id)
-
-  def _stop_string(
-    self, live: scheduler_lib.LiveRequest
-  ) -> types.StopReason | None:
-    stops = live.request.sampling.stop_strings
-    if not stops:
-      return None
-    # A token is at least a byte: the newest token completes a stop string only
-    # within this many tokens.
-    reach = max(len(stop.encode()) for stop in stops) + 1
-    text = self._decode_text(live.response[-reach:])
-    return types.StopReason.STOP if any(s in text for s in stops) else None
 
   def _end(
     self, request_id: str, reason: types.StopReason, posts: list

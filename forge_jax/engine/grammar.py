@@ -38,6 +38,22 @@ class Progress:
     # uint32 [ceil(V / 32)]: bit t % 32 of word t // 32 is that of token t.
     self.allowed = np.zeros(-(-vocab_size // 32), np.uint32)
 
+  def ahead(self, tokens: Sequence[int]) -> list[np.ndarray | None]:
+    """Masks of the next token, and of that after each of some that may come.
+
+    None after a token that cannot come, or that would end the response.
+    """
+    twin = copy.copy(self)
+    twin._matcher = self._matcher.deep_copy()
+    masks: list[np.ndarray | None] = [self.allowed]
+    for token in tokens:
+      allowed = twin.allowed[token // 32] & _bit(np.int64(token))
+      if twin.error is not None or not allowed or token in self._stops:
+        break
+      advance([twin], [token])
+      masks.append(twin.allowed)
+    return masks + [None] * (1 + len(tokens) - len(masks))
+
   def _settle(self) -> None:
     """Checks a mask that has been computed; sees to the stop tokens."""
     words = self.allowed

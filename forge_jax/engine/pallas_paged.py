@@ -43,15 +43,15 @@ def attend(
   q_THC: jax.Array, cache: jax.Array, kv_heads: int, decode, blocks
 ) -> jax.Array:
   """See `attention.attend`."""
-  size_D, (size_B, width) = len(decode.start_R), blocks.token_RW.shape
+  (size_D, few), (size_B, width) = decode.token_RW.shape, blocks.token_RW.shape
   ends = [
-    jnp.arange(size_D + 1),
-    size_D + width * jnp.arange(1, size_B + 1),
+    few * jnp.arange(size_D + 1),
+    few * size_D + width * jnp.arange(1, size_B + 1),
   ]
-  count = size_D + size_B * width
-  # A block counts as whole: what its padding sees is of no account, and each
+  count = few * size_D + size_B * width
+  # A row counts as whole: what its padding sees is of no account, and each
   # token of it is then at its own position.
-  filled = [decode.start_R + 1, blocks.start_R + width]
+  filled = [decode.start_R + few, blocks.start_R + width]
   table = jnp.concatenate([decode.table_RN, blocks.table_RN])
   page, heads, channels = cache.shape[1], *q_THC.shape[1:]
   group = heads // kv_heads

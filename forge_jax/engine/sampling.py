@@ -90,7 +90,7 @@ def edits(params: api.SamplingParams) -> bool:
 class Sampled:
   """The tokens of a step's rows; on the host, aligned."""
 
-  token_R: np.ndarray  # int32
+  token_R: np.ndarray  # int32; -1: this row has none
   logprob_R: np.ndarray  # float32, nats
   # [R, MOST_TOP_LOGPROBS] or fewer, likeliest first; None: no row wants them.
   top_token: np.ndarray | None = None
@@ -212,6 +212,36 @@ def sample(
     logits_RV, temperature_R, top_k_R, top_p_R, min_p_R, filtered=filtered
   )
   return _sample(logits_RV, seed_R, position_R, temperature_R)
+
+
+def accepted(
+  token_DW: jnp.ndarray, length_D: jnp.ndarray, sampled_DW: jnp.ndarray
+) -> tuple[jnp.ndarray, jnp.ndarray]:
+  """How many sampled tokens count where the model ran on drafts of them.
+
+  A draft is accepted if it is the token that is sampled in its place. This is
+  rejection sampling (Leviathan et al., 2023, arXiv 2211.17192) of a proposal
+  that is certain: draft d is accepted with its probability p(d), and a token
+  sampled in its stead has distribution p given that it is not d. Since a token
+  is sampled from p by a random number of its own, whatever was drafted, drafts
+  change neither the distribution nor the tokens. They are drawn by the same
+  random numbers (`sample`), so that p and the draft's q pick the same token
+  where their cumulative masses overlap: drafts as good as p are all accepted.
+
+  Args:
+    token_DW: int32, what the model ran on: a token, then drafts.
+    length_D: int32, how many of the W these are; the rest is padding.
+    sampled_DW: int32, sampled after each.
+
+  Returns:
+    The number of tokens that count, 1 to W, and the last of these; int32 [D].
+  """
+  width = token_DW.shape[1]
+  right_DW = sampled_DW[:, :-1] == token_DW[:, 1:]
+  right_DW &= jnp.arange(1, width)[None] < length_D[:, None]
+  more_D = jnp.cumprod(right_DW.astype(jnp.int32), axis=1).sum(1)
+  last_D = jnp.take_along_axis(sampled_DW, more_D[:, None], axis=1)[:, 0]
+  return more_D + 1, last_D
 
 
 def _scaled(

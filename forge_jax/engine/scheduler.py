@@ -1,8 +1,9 @@
 """What the next engine step computes; plain Python, no device.
 
 A step is schedule -> run -> commit: one token of each decoding sequence and
-some blocks of prompt tokens, or several tokens of the decoding ones when nobody
-waits for anything else. Invariants:
+some blocks of prompt tokens; or without blocks, of each decoding sequence a
+token and the drafts after it that turn out right, several times over when
+nobody waits for anything else. Invariants:
   - A request waits, then is live and holds a lease on pages, then is finished.
     A live one that loses its pages (preempted) waits again with the tokens it
     has; it is prefilled anew but for what the prefix cache still holds.
@@ -15,7 +16,7 @@ waits for anything else. Invariants:
   - One request alone always fits: the pages hold a full context.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 import itertools
 
@@ -82,6 +83,11 @@ class LiveRequest:
     """Whether tokens before the last sampled one are missing."""
     return self.committed < self.fill
 
+  def left(self, context: int) -> int:
+    """How many more tokens it may be given."""
+    most = self.request.sampling.max_tokens - len(self.response)
+    return min(most, context - self.length)
+
   def tokens(self, start: int, end: int) -> list[int]:
     """Prompt and response tokens, by position."""
     size = len(self.prompt)
@@ -106,17 +112,31 @@ class Step:
   """One engine step."""
 
   decode: tuple[LiveRequest, ...]
+  drafts: tuple[int, ...]  # of each of `decode`; none beside blocks
   blocks: tuple[Block, ...]
-  decode_steps: int  # tokens that each of `decode` goes on by
+  decode_steps: int  # how often each of `decode` goes on
   moves: tuple[prefix_cache.Move, ...]  # pages to copy first
 
 
 class Scheduler:
   """Waiting and live requests, and the prefix cache they share."""
 
-  def __init__(self, config: SchedulerConfig, cache: prefix_cache.PrefixCache):
+  def __init__(
+    self,
+    config: SchedulerConfig,
+    cache: prefix_cache.PrefixCache,
+    draft_length: Callable[[int], int] = lambda rows: 0,
+  ):
+    """No requests yet.
+
+    Args:
+      config: how steps are composed.
+      cache: empty.
+      draft_length: how many tokens to draft for each of so many sequences.
+    """
     self.config = config
     self.cache = cache
+    self._draft_length = draft_length
     self._waiting: dict[str, LiveRequest] = {}
     self._live: dict[str, LiveRequest] = {}
     self._number = itertools.count()
@@ -160,19 +180,24 @@ class Scheduler:
       blocks = []
     else:
       self._delayed = 0
-    steps = 1
-    if not prefilling and not self._waiting:
-      steps = self._decode_steps(decoding)
-      if not all(self._reserve(live, steps) for live in decoding):
-        steps = 1  # rather than preempt anybody
+    drafts = 0 if blocks else self._drafts(len(decoding))
+    alone = not prefilling and not self._waiting
+    steps = self._decode_steps(decoding, 1 + drafts) if alone else 1
+    if not all(self._reserve(live, steps * (1 + drafts)) for live in decoding):
+      steps, drafts = 1, 0  # rather than preempt anybody
     decoding = self._extend(decoding)
     if not decoding and not blocks:
       # All that decoded was preempted; or nothing is live.
       return self.schedule() if self._live else None
     # What was preempted for the decoding ones is prefilled later.
     blocks = [block for block in blocks if block.live.lease is not None]
+    context = self.config.context
     return Step(
-      tuple(decoding), tuple(blocks), steps, tuple(self.cache.take_moves())
+      tuple(decoding),
+      tuple(min(drafts, live.left(context) - 1) for live in decoding),
+      tuple(blocks),
+      steps,
+      tuple(self.cache.take_moves()),
     )
 
   def commit(
@@ -183,8 +208,8 @@ class Scheduler:
     Args:
       step: what ran.
       tokens: the token sampled after each row: those of `step.decode`, then
-        those of `step.blocks`.
-      index: which of the step's `decode_steps` these are of.
+        those of `step.blocks`; -1 where there is none.
+      index: how many tokens of a row there may have been before these.
 
     Returns:
       (request, row) for each row whose sampled token counts. A request that was
@@ -192,7 +217,7 @@ class Scheduler:
     """
     sampled = []
     for row, live in enumerate(step.decode):
-      if live.lease is not None:
+      if live.lease is not None and tokens[row] >= 0:
         self._advance(live, live.response[-1:])
         sampled.append((live, row))
     if index == 0:
@@ -303,17 +328,25 @@ class Scheduler:
         blocks.append(Block(live, start, tokens, end == live.fill))
     return blocks
 
-  def _decode_steps(self, decoding: Sequence[LiveRequest]) -> int:
-    """How many tokens all may decode before the host must see one."""
+  def _drafts(self, decoding: int) -> int:
+    """How many tokens to draft for each decoding sequence."""
+    drafts, most = self._draft_length(decoding), self.config.step_tokens
+    return (
+      min(drafts, max(most // decoding - 1, 0)) if drafts and most else drafts
+    )
+
+  def _decode_steps(self, decoding: Sequence[LiveRequest], tokens: int) -> int:
+    """How often all may go on, by so many tokens, before the host sees one."""
     most = self.config.decode_steps
     for live in decoding:
       if live.stepwise:
         return 1
-      left = live.request.sampling.max_tokens - len(live.response)
-      most = min(most, left, self.config.context - live.length)
-    return max(most, 1)
+      most = min(most, live.left(self.config.context))
+    return max(most // tokens, 1)
 
   def _reserve(self, live: LiveRequest, tokens: int) -> bool:
+    """Provides pages for the next tokens, as far as there may be any."""
+    tokens = min(tokens, live.left(self.config.context))
     return self.cache.reserve(live.lease, live.committed + tokens)
 
   def _extend(self, decoding: Sequence[LiveRequest]) -> list[LiveRequest]:

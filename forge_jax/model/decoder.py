@@ -188,8 +188,13 @@ class UnrolledDecoder(nnx.Module):
   Unrolled, each layer's cache can be a buffer of its own, updated in place.
   """
 
-  def __init__(self, decoder: Decoder):
-    """Takes a decoder's weights, sliced by layer."""
+  def __init__(self, decoder: Decoder, modules: int = 0):
+    """Takes a decoder's weights, sliced by layer.
+
+    Args:
+      decoder: the weights.
+      modules: how many of its modules that predict further tokens to take.
+    """
     graph, stacked = nnx.split(decoder.layers)
     self.config = decoder.config
     self.dtype = decoder.dtype
@@ -202,6 +207,7 @@ class UnrolledDecoder(nnx.Module):
     )
     self.final_norm = decoder.final_norm
     self.head = decoder.head
+    self.mtp = nnx.List(list(decoder.mtp)[:modules])
 
   def hidden(
     self,

@@ -3,10 +3,10 @@
 Run by test_compile_paged_tpu.py in a process of its own, because the compiler
 reads its options when it is loaded. By hand:
 
-  python tests/engine/paged_tpu_compile.py TPU H K C PAGE D B W
+  python tests/engine/paged_tpu_compile.py TPU H K C PAGE D F B W
 
-for heads, KV heads, channels, tokens of a page, decoding rows, blocks and their
-width; TPU is one of v5p, v5e, v6e. Needs TPU_LIBRARY_PATH, the path of
+for heads, KV heads, channels, tokens of a page, decoding rows and their width,
+blocks and their width; TPU is one of v5p, v5e, v6e. Needs TPU_LIBRARY_PATH, the path of
 libtpu.so.
 """
 
@@ -25,7 +25,7 @@ PAGES, TABLE = 1024, 64
 
 
 def main(tpu, *sizes):
-  H, K, C, page, D, B, W = map(int, sizes)
+  H, K, C, page, D, F, B, W = map(int, sizes)
   jax.config.update("jax_platforms", "cpu")
   # An executable for an absent device cannot be read back from the cache.
   jax.config.update("jax_enable_compilation_cache", False)
@@ -55,7 +55,7 @@ def main(tpu, *sizes):
     cache = attention.write(kind, cache, k, v, page_T, offset_T)
     return attention.attend(kind, q, cache, K, decode, blocks), cache
 
-  T, half = D + B * W, jnp.bfloat16
+  T, half = D * F + B * W, jnp.bfloat16
   shapes = attention.cache_shapes(kind, PAGES, page, K, C)
   # The kernel asks which chip it is for.
   mesh = jax.sharding.AbstractMesh(
@@ -69,7 +69,7 @@ def main(tpu, *sizes):
       array(T, K, C, dtype=half),
       array(T, K, C, dtype=half),
       tuple(array(*shape, dtype=half) for shape in shapes),
-      rows(D, 1),
+      rows(D, F),
       rows(B, W),
     )
   compiled = lowered.compile()

@@ -21,8 +21,8 @@ def test_a_step_of_decoding_rows_and_blocks_compiles(tpu):
     if os.environ.get("REQUIRE_LIBTPU"):
       pytest.fail(why)
     pytest.skip(why)
-  # Qwen3-0.6B's heads.
-  sizes = ("16", "8", "128", "32", "64", "16", "16")
+  # Qwen3-0.6B's heads; each row a token and three drafts.
+  sizes = ("16", "8", "128", "32", "64", "4", "16", "16")
   done = subprocess.run(
     [sys.executable, str(HERE / "paged_tpu_compile.py"), tpu, *sizes],
     env=os.environ | {"TPU_LIBRARY_PATH": library, "PYTHONPATH": str(ROOT)},

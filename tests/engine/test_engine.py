@@ -2,18 +2,27 @@
 
 import asyncio
 import dataclasses
+import itertools
+import threading
 import time
 
 from flax import nnx
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_engine import MODEL, decoder
+from tiny_engine import (
+  MODEL,
+  collect,
+  decoder,
+  dense_logprobs,
+  prompts,
+  request,
+)
 
 from forge_jax import errors, types
-from forge_jax.engine import api, config, engine
+from forge_jax.engine import config, engine
 from forge_jax.model import decoder as decoder_lib
+from forge_jax.model import mtp
 
 CONFIG = config.EngineConfig(
   slots=8,
@@ -33,37 +42,6 @@ def running():
   made.start()
   yield made
   made.stop()
-
-
-def request(name, prompt, **sampling):
-  sampling = {"max_tokens": 10, "seed": 3} | sampling
-  return api.GenerateRequest(
-    name, tuple(prompt), api.SamplingParams(**sampling)
-  )
-
-
-async def collect(made, req):
-  chunks = [chunk async for chunk in made.generate(req)]
-  assert all(c.stop_reason is None for c in chunks[:-1])
-  join = lambda name: [x for c in chunks for x in getattr(c, name)]
-  return (
-    join("token_ids"),
-    join("logprobs"),
-    join("versions"),
-    chunks[-1].stop_reason,
-  )
-
-
-def dense_logprobs(model, prompt, response):
-  logits = decoder_lib.causal_logits(model, jnp.asarray([prompt + response]))
-  logprobs = jax.nn.log_softmax(logits[0])
-  rows = np.arange(len(prompt) - 1, len(prompt) + len(response) - 1)
-  return np.asarray(logprobs)[rows, response]
-
-
-def prompts(count, length=23, seed=0):
-  rng = np.random.default_rng(seed)
-  return [rng.integers(0, 97, length).tolist() for _ in range(count)]
 
 
 async def test_logprobs_are_the_models_own(running):
@@ -142,27 +120,6 @@ async def test_stop_token_stop_string_and_filters(running):
   np.testing.assert_allclose(logprobs, 0.0, atol=1e-6)
 
 
-async def test_weights_swap_between_steps_without_dropping_requests(running):
-  [prompt] = prompts(1)
-  new = decoder(seed=1)
-  stream = running.generate(request("long", prompt, max_tokens=40))
-  ids, logprobs, versions = [], [], []
-  async for chunk in stream:
-    ids += chunk.token_ids
-    logprobs += chunk.logprobs
-    versions += chunk.versions
-    if len(ids) == 3:
-      running.update_weights(types.WeightsVersion(1, params=nnx.state(new)))
-  assert len(ids) == 40
-  assert versions[:3] == [0, 0, 0] and versions[-1] == 1
-  assert versions == sorted(versions)
-  fresh, logprobs, versions, _ = await collect(running, request("n", prompt))
-  assert set(versions) == {1}
-  np.testing.assert_allclose(
-    logprobs, dense_logprobs(new, prompt, fresh), atol=2e-5
-  )
-
-
 async def test_abort_and_closing_the_iterator_free_the_slot(running):
   [prompt] = prompts(1)
   stream = running.generate(request("a", prompt, max_tokens=40))
@@ -236,9 +193,9 @@ def test_sizes_that_do_not_fit_are_refused():
       )
 
 
-def made_with(**changes):
+def made_with(*, decode_text=str, **changes):
   made = engine.JaxEngine(
-    decoder(), dataclasses.replace(CONFIG, **changes), decode_text=str
+    decoder(), dataclasses.replace(CONFIG, **changes), decode_text=decode_text
   )
   made.start()
   return made
@@ -255,17 +212,18 @@ async def test_a_row_is_the_same_to_the_last_bit_in_any_company():
     mlp_width=1536,
     vocab_size=512,
   )
-  made = engine.JaxEngine(
-    decoder_lib.Decoder(model, rngs=nnx.Rngs(params=0)),
-    config.EngineConfig(
-      slots=64,
-      context=64,
-      decode_rows=(64,),
-      prefill_rows=(4, 16),
-      prefill_patience=1,
-      least_tokens=64,
-    ),
+  model = decoder_lib.Decoder(model, rngs=nnx.Rngs(params=0))
+  model = mtp.grow(model, 1, rngs=nnx.Rngs(params=1))
+  sizes = config.EngineConfig(
+    slots=64,
+    context=64,
+    decode_rows=(64,),
+    prefill_rows=(4, 16),
+    prefill_patience=1,
+    least_tokens=64,
+    draft_tokens=0,
   )
+  made = engine.JaxEngine(model, sizes)
   made.start()
   try:
     [prompt] = prompts(1)
@@ -277,6 +235,15 @@ async def test_a_row_is_the_same_to_the_last_bit_in_any_company():
     )
     again = await collect(made, request("cached", prompt, seed=5))
     assert crowd[-1] == alone == again
+  finally:
+    made.stop()
+  made = engine.JaxEngine(model, dataclasses.replace(sizes, draft_tokens=2))
+  made.start()
+  try:  # every length of drafts is tried
+    drafted = await asyncio.gather(
+      *(collect(made, r) for r in [*others, request("x", prompt, seed=5)])
+    )
+    assert drafted == crowd and made.stats()["accepted_tokens"] > 0
   finally:
     made.stop()
 
@@ -300,6 +267,38 @@ async def test_few_pages_preempt_and_stay_exact(host_tokens):
       np.testing.assert_allclose(
         logprobs, dense_logprobs(decoder(), prompt, ids), atol=2e-5
       )
+  finally:
+    made.stop()
+
+
+async def test_weights_swap_between_steps_without_dropping_requests():
+  reached, swapped = threading.Event(), threading.Event()
+  said = itertools.count(1)
+
+  def decode_text(ids):  # on the engine's thread, at every token
+    if next(said) == 20:
+      reached.set()
+      swapped.wait()
+    return ""
+
+  made = made_with(decode_text=decode_text)
+  try:
+    [prompt] = prompts(1)
+    asked = request("long", prompt, max_tokens=40, stop_strings=("never",))
+    running = asyncio.create_task(collect(made, asked))
+    await asyncio.to_thread(reached.wait)
+    new = decoder(seed=1)
+    made.update_weights(types.WeightsVersion(1, params=nnx.state(new)))
+    swapped.set()
+    ids, _, versions, _ = await running
+    first = versions.index(1)
+    assert len(ids) == 40 and 20 <= first <= 24
+    assert versions == [0] * first + [1] * (40 - first)
+    fresh, logprobs, versions, _ = await collect(made, request("n", prompt))
+    assert set(versions) == {1}
+    np.testing.assert_allclose(
+      logprobs, dense_logprobs(new, prompt, fresh), atol=2e-5
+    )
   finally:
     made.stop()
 

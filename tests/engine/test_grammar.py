@@ -60,6 +60,28 @@ def test_only_the_requests_stop_tokens_end_it_and_only_at_an_end(grammars):
   assert allowed(both) == [STOP, CALL]
 
 
+def test_masks_ahead_are_those_on_the_way(grammars):
+  text = 'start: "ab" ("c" | "d")'
+  one, other = (grammars.start(text, [STOP]) for _ in range(2))
+  a, b, d = (ord(x) - 33 for x in "abd")  # as the byte tokenizer numbers them
+  ahead = one.ahead([a, b, d])
+  for token, mask in zip([a, b, d], ahead, strict=False):
+    np.testing.assert_array_equal(mask, other.allowed)
+    grammar.advance([other], [token])
+  np.testing.assert_array_equal(ahead[3], other.allowed)
+  assert allowed(other) == [STOP]
+  # Nothing comes after what cannot come, or after the end.
+  assert [mask is None for mask in one.ahead([a, d, d])] == [False] * 2 + [
+    True
+  ] * 2
+  assert [mask is None for mask in other.ahead([STOP, a])] == [
+    False,
+    True,
+    True,
+  ]
+  assert allowed(one) == [a]  # and nothing has moved
+
+
 def test_responses_advance_together_as_they_do_alone(grammars):
   texts = ['start: "aab"', "start: /[a-c]+/", 'start: "a"*']
   alone = [grammars.start(text, [STOP]) for text in texts]

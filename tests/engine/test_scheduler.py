@@ -20,7 +20,7 @@ def request(name, prompt, max_tokens=4, stop=(), session="", priority=0):
   )
 
 
-def make(pages=200, host_pages=0, **changes):
+def make(pages=200, host_pages=0, drafts=0, **changes):
   config = dict(
     slots=4,
     context=64,
@@ -32,6 +32,7 @@ def make(pages=200, host_pages=0, **changes):
   return scheduler.Scheduler(
     scheduler.SchedulerConfig(**config | changes),
     prefix_cache.PrefixCache(pages, PAGE, host_pages),
+    lambda rows: drafts,
   )
 
 
@@ -47,7 +48,10 @@ def step_once(sched, done, steps=None):
   expected = {}
   for live in step.decode:
     assert live.committed == live.length - 1
-    assert len(live.lease.pages) * PAGE >= live.committed + step.decode_steps
+  for live, drafts in zip(step.decode, step.drafts, strict=True):
+    tokens = step.decode_steps * (1 + drafts)
+    assert len(live.lease.pages) * PAGE >= live.committed + tokens
+    assert tokens <= live.left(config.context) and not (drafts and step.blocks)
   for block in step.blocks:
     at = expected.setdefault(block.live.request.id, block.live.committed)
     assert block.start == at and 1 <= len(block.tokens) <= config.block
@@ -55,14 +59,26 @@ def step_once(sched, done, steps=None):
     expected[block.live.request.id] += len(block.tokens)
   if steps is not None:
     steps.append(step)
-  for index in range(step.decode_steps):
-    ends = [live.length for live in step.decode]
-    ends += [block.start + len(block.tokens) for block in step.blocks]
-    sampled = sched.commit(step, [1000 + end for end in ends], index)
-    for live, _ in sampled:
-      if sched.stop_reason(live) is not None:
-        done[live.request.id] = list(live.response)
-        sched.finish(live.request.id)
+  index = 0
+  for _ in range(step.decode_steps):
+    right = [
+      1 + live.length % (1 + n)
+      for live, n in zip(step.decode, step.drafts, strict=True)
+    ]
+    for n in range(max(right, default=1)):
+      tokens = [
+        1000 + live.length if n < most else -1
+        for live, most in zip(step.decode, right, strict=True)
+      ]
+      tokens += [
+        1000 + block.start + len(block.tokens) for block in step.blocks
+      ]
+      sampled = sched.commit(step, tokens, index)
+      index += 1
+      for live, _ in sampled:
+        if sched.stop_reason(live) is not None:
+          done[live.request.id] = list(live.response)
+          sched.finish(live.request.id)
   return step
 
 
@@ -110,10 +126,14 @@ REQUESTS = st.lists(
 )
 
 
-@hypothesis.given(REQUESTS, st.integers(17, 40), st.sampled_from([0, 8]))
+@hypothesis.given(
+  REQUESTS, st.integers(17, 40), st.sampled_from([0, 8]), st.integers(0, 3)
+)
 @hypothesis.settings(max_examples=100, deadline=None)
-def test_preemption_loses_no_request_and_no_token(some, pages, host_pages):
-  sched = make(pages, host_pages)
+def test_preemption_loses_no_request_and_no_token(
+  some, pages, host_pages, drafts
+):
+  sched = make(pages, host_pages, drafts)
   requests = [
     request(str(i), prompt, most, (), session, priority)
     for i, (prompt, most, priority, session, _) in enumerate(some)
@@ -144,6 +164,31 @@ def test_turns_of_an_episode_prefill_what_is_new():
   before = sched.reused_tokens
   run(sched, [request("2", history, max_tokens=2)])
   assert sched.reused_tokens - before == 16  # all but the last sampled token
+
+
+def test_drafts_go_as_far_as_tokens_pages_and_the_budget_allow():
+  sched = make(drafts=3, decode_steps=1)
+  sched.add(request("a", [1, 2], max_tokens=7))
+  sched.add(request("b", [3, 4], max_tokens=20))
+  kinds = []
+  while len(sched):
+    kinds.append(step_once(sched, {}).drafts)
+  assert kinds[0] == () and kinds[1] == (3, 3)
+  assert {drafts for some in kinds for drafts in some} == {0, 1, 2, 3}
+  few = make(pages=17, drafts=3, slots=2)
+  few.add(request("a", range(30), max_tokens=30))
+  few.add(request("b", range(50, 58), max_tokens=40))
+  steps = []
+  while not few.preempted:
+    steps.append(step_once(few, {}))
+  both = [step.drafts for step in steps if len(step.decode) == 2]
+  assert both[-1] == (0, 0)  # rather than preempt anybody
+  tight = make(drafts=3, step_tokens=6)
+  for name in "ab":
+    tight.add(request(name, [ord(name)], max_tokens=20))
+  while len((step := step_once(tight, {})).decode) < 2:
+    pass
+  assert step.drafts == (2, 2)
 
 
 def test_prompt_blocks_ride_with_decoding():

@@ -1,8 +1,10 @@
 """Grammars, penalties, biases and alternatives in the built-in engine."""
 
 import asyncio
+import dataclasses
 import json
 
+from flax import nnx
 import jax
 import jax.numpy as jnp
 import jsonschema
@@ -10,8 +12,9 @@ import numpy as np
 import pytest
 
 from forge_jax import errors, types
-from forge_jax.engine import api, config, engine, grammar
+from forge_jax.engine import api, config, engine, grammar, speculation
 from forge_jax.model import decoder as decoder_lib
+from forge_jax.model import mtp
 
 STOP = 256
 SCHEMA = {
@@ -184,6 +187,38 @@ async def test_plain_neighbours_are_the_same_and_nothing_recompiles(running):
   assert running.compilations == before
   await asyncio.gather(*(collect(running, one) for one in plain))
   assert running.compilations == before
+
+
+async def test_drafts_change_nothing_under_a_grammar(
+  running, byte_tokenizer, byte_decoder, grammars, monkeypatch
+):
+  monkeypatch.setattr(speculation.Speculation, "length", lambda self, rows: 2)
+  made = engine.JaxEngine(
+    mtp.grow(byte_decoder, 1, rngs=nnx.Rngs(params=1)),
+    dataclasses.replace(running.config, draft_tokens=2),
+    decode_text=byte_tokenizer.decode,
+    grammars=grammars,
+  )
+  made.start()
+  try:
+    asked = [
+      request(
+        f"drafts{n}", grammar=JSON, seed=n, temperature=0.5, top_logprobs=1
+      )
+      for n in range(4)
+    ]
+    asked.append(request("penalty", frequency_penalty=0.3, max_tokens=40))
+    plain, drafted = [
+      await asyncio.gather(*(collect(some, one) for one in asked))
+      for some in (running, made)
+    ]
+    stats = made.stats()
+    assert 0 < stats["accepted_tokens"] < stats["drafted_tokens"]
+    for one, other in zip(plain, drafted, strict=True):
+      assert one[0] == other[0] and one[3] == other[3]
+      np.testing.assert_allclose(one[1], other[1], atol=1e-4)
+  finally:
+    made.stop()
 
 
 async def test_a_budget_ends_json_early(running, byte_tokenizer):

@@ -1,0 +1,119 @@
+"""How many tokens are drafted, on made-up costs and acceptances."""
+
+import numpy as np
+import pytest
+
+from forge_jax.engine import speculation
+
+PLAIN, DRAFT = 10.0, 3.0  # milliseconds of a step, and of each draft
+
+
+class World:
+  """Steps with a given acceptance, whose clock is made up, too."""
+
+  def __init__(self, acceptance, most=3, buckets=(1, 8, 64), seed=0):
+    self.acceptance = acceptance
+    self.cost = lambda rows, length: PLAIN + DRAFT * length
+    self.made = speculation.Speculation(buckets, most)
+    self._random = np.random.default_rng(seed)
+
+  def step(self, rows=1, steps=1, left=100):
+    """Returns the drafts, the tokens and the time."""
+    length = min(self.made.length(rows), left - 1)
+    right = self._random.random((steps, rows, length)) < self.acceptance
+    taken = 1 + np.cumprod(right, axis=-1).sum(-1)
+    seconds = steps * self.cost(rows, length) * self._random.normal(1, 0.03)
+    self.made.record([length] * rows, taken.tolist(), seconds)
+    return length, taken.sum() / rows, seconds
+
+  def run(self, count, rows=1):
+    """The share of each length, and the speed-up over plain steps."""
+    figures = np.array([self.step(rows) for _ in range(count)])
+    lengths = np.bincount(figures[:, 0].astype(int), minlength=4) / count
+    tokens, seconds = figures[:, 1:].sum(0)
+    return lengths, tokens * self.cost(rows, 0) / seconds
+
+
+@pytest.mark.parametrize(
+  # Worth of the lengths over a plain step, at costs of 1, 1.3, 1.6 and 1.9.
+  ("acceptance", "best"),
+  [
+    (0.95, 3),  # 1.50, 1.78, 1.95
+    (0.55, 1),  # 1.19, 1.16, 1.07
+    (0.2, 0),  # 0.92, 0.78, 0.66
+    (0.0, 0),
+  ],
+)
+def test_the_length_that_is_worth_most_is_taken(acceptance, best):
+  world = World(acceptance)
+  world.run(200)
+  lengths, speedup = world.run(2000)
+  if acceptance == 0.55:  # the two best are about as good
+    assert lengths[1] + lengths[2] > 0.8 and speedup > 1.1
+  else:
+    assert lengths[best] > 0.97
+    assert speedup > 1.9 if best else speedup > 0.99
+
+
+def test_drafting_that_never_pays_costs_little_from_the_first_step_on():
+  _, speedup = World(0.0).run(300)
+  assert speedup > 0.98
+  world = World(0.9)
+  world.cost = lambda rows, length: PLAIN * (1 + 2 * length)
+  assert world.run(300)[1] > 0.97
+
+
+def test_new_acceptance_is_noticed_both_ways():
+  world = World(0.0)
+  world.run(1000)
+  world.acceptance = 0.9
+  world.run(1000)
+  assert world.run(500)[0][3] > 0.95
+  world.acceptance = 0.0
+  world.run(100)
+  assert world.run(500)[0][0] > 0.95
+
+
+def test_a_length_that_has_come_to_cost_less_is_noticed():
+  world = World(0.9)
+  world.cost = lambda rows, length: PLAIN * (1 + 5 * length)
+  world.run(1000)
+  world.cost = lambda rows, length: PLAIN
+  world.run(6000)
+  assert world.run(300)[0][0] < 0.05
+
+
+def test_each_number_of_sequences_has_its_own_costs():
+  world = World(0.8)
+  world.cost = lambda rows, length: PLAIN * (1 + length * (rows > 8))
+  for rows in (1, 64) * 300:
+    world.step(rows)
+  assert world.made.length(1) == 3 and world.made.length(40) == 0
+
+
+def test_figures_are_totals():
+  made = speculation.Speculation((4,), 2)
+  made.record([0, 0], [[1, 1]], 1.0)
+  made.record([2, 1], [[3, 1], [2, 2]], 3.0)
+  made.record([0, 0], [[1, 1]], 2.0)
+  assert made.stats() == {
+    "decoded_rows": 8,
+    "verified_rows": 4,
+    "drafted_tokens": 6,
+    "accepted_tokens": 4,
+    "decode_seconds": 6.0,
+    # Four tokens a sequence, at a second each.
+    "plain_decode_seconds": 1.0 + 4.0 + 2.0,
+  }
+
+
+def test_short_rows_do_not_keep_a_length_on_trial():
+  world = World(0.0)
+  asked = [world.made.length(1) for _ in range(60) if world.step(left=2)]
+  assert set(asked[30:]) == {0}
+
+
+def test_nothing_that_drafts_is_never_asked_to():
+  made = speculation.Speculation((4,), 0)
+  made.record([0], [[1]], 1.0)
+  assert made.length(3) == 0 and made.stats() == {}
