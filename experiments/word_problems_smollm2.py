@@ -35,7 +35,7 @@ from forge_jax.pool import (
   store,
   window,
 )
-from forge_jax.rollout import evaluation, host
+from forge_jax.rollout import evaluation, host, process
 from forge_jax.tasks import word_problems
 from forge_jax.trainer import checkpoint, credit, trainer, update
 from forge_jax.tree import pack
@@ -112,6 +112,8 @@ def get_config() -> ml_collections.ConfigDict:
       evaluation.EvalConfig, phrasings=60, every=5, during=48
     ),
     "observe": settings.defaults(metrics.ObserveConfig),
+    "process": settings.defaults(process.ProcessConfig),
+    "process": settings.defaults(process.ProcessConfig),
     "sandbox": settings.defaults(backends.SandboxConfig),
     "tools": settings.defaults(toolbox.ToolboxConfig),
   }

@@ -42,7 +42,7 @@ _SECTIONS = {
 _TOP = {"name", "question", "seed", "steps", "model"} | {
   "imitate",  # policies of the domains' scripts that reply in the model's place
   *("agent", "context", "domains", "rollout"),  # see RolloutSide
-  *("sandbox", "tools"),  # likewise
+  *("process", "sandbox", "tools"),  # likewise
   "pool",  # see PoolSide
   "trainer",  # TrainerConfig and UpdateConfig
 }

@@ -7,8 +7,9 @@ import logging
 import pathlib
 import signal
 
-from forge_jax import errors
+from forge_jax import errors, paths
 from forge_jax.gateway import client
+from forge_jax.gateway import tokenizer as tokenizer_lib
 from forge_jax.rollout import episode, host, leases
 from launch import keys, pool_side, rollout_side
 
@@ -57,6 +58,10 @@ class RolloutService:
         "embedded, and only its trainer's process rolls out"
       )
     self._model_name = values["gateway"]["model_name"]
+    tokenizer = tokenizer_lib.load_tokenizer(
+      paths.resolve_model_path(values["model"]["path"])
+    )
+    self._process = self._side.process_rewards(tokenizer.decode)
     self._gateway = gateway, keys.admin_token(), ca_file
     rollout = self._side.rollout
     # As many groups as its permits can work on.
@@ -120,6 +125,7 @@ class RolloutService:
           gateway,
           leased,
           self._model_name,
+          self._process,
         )
         print(f"rollout host {self._leases.host} waits for work", flush=True)
         async with asyncio.TaskGroup() as both:

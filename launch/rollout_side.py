@@ -1,6 +1,6 @@
 """What rolls out tasks, from a run's configuration; nothing imports JAX."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 import contextlib
 from typing import Any
 
@@ -9,7 +9,7 @@ from forge_jax.agents import base as agents_base
 from forge_jax.agents import context, react, toolbox, workspace
 from forge_jax.agents.sandbox import backends
 from forge_jax.pool import curation, window
-from forge_jax.rollout import host
+from forge_jax.rollout import host, process
 from forge_jax.tasks import base as tasks_base
 from forge_jax.tasks import mixture
 from launch import registry
@@ -31,6 +31,9 @@ class RolloutSide:
     )
     self.sandbox = settings.section(
       backends.SandboxConfig, values["sandbox"], "sandbox"
+    )
+    self._process = settings.section(
+      process.ProcessConfig, values["process"], "process"
     )
     self.tools = settings.section(
       toolbox.ToolboxConfig, values["tools"], "tools"
@@ -61,6 +64,12 @@ class RolloutSide:
   def mixture(self) -> mixture.TaskMixture:
     """The training tasks."""
     return mixture.TaskMixture(self.domains, self._weights, "train", self.seed)
+
+  def process_rewards(
+    self, decode: Callable[[Sequence[int]], str]
+  ) -> process.ProcessRewards:
+    """What finds faults in completions, given the tokenizer's decoding."""
+    return process.ProcessRewards(self._process, decode)
 
   def make_agent(self, closing: contextlib.AsyncExitStack) -> agents_base.Agent:
     """The agent; used from one asyncio loop.

@@ -34,6 +34,7 @@ class Services:
     self.engine = engine
     self._gateway_config = gateway_config
     self._side = side
+    self._process = side.process_rewards(tokenizer.decode)
     self._closing = contextlib.AsyncExitStack()  # what agents hold
     self._tickets = tickets
     self._gateway = server.Gateway(engine, tokenizer, gateway_config)
@@ -114,6 +115,7 @@ class Services:
         self._client,
         queue,
         self._gateway_config.model_name,
+        self._process,
       )
       filling = self._host.run()
     self._host_task = asyncio.create_task(filling, name="host")

@@ -24,6 +24,7 @@ import numpy as np
 from forge_jax import errors, types
 from forge_jax.agents import base as agents_base
 from forge_jax.gateway import client
+from forge_jax.rollout import process as process_lib
 from forge_jax.tasks import base as tasks_base
 
 # Seconds to wait before each further attempt to reach the gateway.
@@ -73,7 +74,9 @@ class EpisodeRunner:
     deadline_seconds: float,
     temperature: float,
     verifier_seconds: float = 120.0,
+    process: process_lib.ProcessRewards | None = None,
   ):
+    self._process = process
     self._agent = agent
     self._gateway = gateway
     self._model_name = model_name
@@ -104,6 +107,8 @@ class EpisodeRunner:
         lambda: self._gateway.close_session(session)
       )
     outcome.add_rewards(posted)
+    if self._process is not None:
+      outcome.add_rewards(self._process(completions, outcome.messages))
     if not completions and outcome.status == types.EpisodeStatus.COMPLETED:
       outcome.fail("no completion: the agent never asked the model")
     return types.Episode(

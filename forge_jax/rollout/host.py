@@ -23,6 +23,7 @@ from forge_jax.agents import base as agents_base
 from forge_jax.gateway import client
 from forge_jax.pool import progress
 from forge_jax.rollout import episode as episode_lib
+from forge_jax.rollout import process as process_lib
 from forge_jax.tasks import base as tasks_base
 
 
@@ -99,6 +100,7 @@ class RolloutHost:
     gateway: client.GatewayClient,
     work: Work,
     model_name: str,
+    process: process_lib.ProcessRewards | None = None,
   ):
     self._config = config
     self._mixture = mixture
@@ -111,6 +113,7 @@ class RolloutHost:
       deadline_seconds=config.deadline_seconds,
       verifier_seconds=config.verifier_seconds,
       temperature=config.temperature,
+      process=process,
     )
     self._counts: collections.Counter[str] = collections.Counter()
 

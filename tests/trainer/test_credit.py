@@ -89,7 +89,10 @@ def test_outcome_credits_every_completion_of_an_episode():
     mean_reward=0.5,
     success_rate=0.5,
     advantage_std=pytest.approx(std),
+    scores=stats.scores,
   )
+  assert [score.total_S.tolist() for score in stats.scores] == [[0, 1], [0]]
+  assert [score.success for score in stats.scores] == [True, False]
 
 
 def test_rewards_land_on_their_step_and_count_from_there_on():
@@ -219,3 +222,82 @@ def test_a_bad_config_is_refused():
     credit.CreditConfig(gamma=1.5)
   with pytest.raises(errors.ConfigError, match="process_cap=-1"):
     credit.CreditConfig(process_cap=-1)
+
+
+def test_a_domain_has_factors_and_caps_of_its_own():
+  rewards = [(PERF, 1.0, None), (PROCESS, -0.4, 0)]
+  groups = [
+    types.Group(
+      index=number,
+      task=dataclasses.replace(TASK, domain=domain),
+      episodes=tuple(
+        dataclasses.replace(e, task=dataclasses.replace(TASK, domain=domain))
+        for e in (
+          _episode(0, [1, 1], rewards, seconds=1.0),
+          _episode(1, [1, 1], seconds=3.0),
+        )
+      ),
+    )
+    for number, domain in enumerate(("toy", "slow", "strict"))
+  ]
+  config = credit.CreditConfig(
+    alpha=0.5,
+    domains={
+      "slow": {"beta": 1.0, "speed_cap": 0.25},
+      "strict": {"alpha": 1.0, "process_cap": 0.1, "perf_cap": 0.5},
+    },
+  )
+  _, stats = credit.assign_credit(groups, config)
+  total = [score.total_S.tolist() for score in stats.scores[::2]]
+  np.testing.assert_allclose(total, [[-0.2, 1.0], [-0.2, 1.25], [-0.1, 0.5]])
+  slow = stats.scores[2]
+  assert (slow.process, slow.speed, slow.perf) == (-0.4, 0.25, 1.0)
+  assert slow.success and not stats.scores[3].success
+
+
+@pytest.mark.parametrize(
+  ("domains", "message"),
+  [
+    ({"toy": {"alhpa": 1.0}}, "credit.domains.toy has alhpa"),
+    ({"toy": {"domains": {}}}, "credit.domains.toy has domains"),
+    ({"toy": {"gamma": 2.0}}, "gamma=2.0"),
+    ({"toy": {"speed_cap": -1.0}}, "speed_cap=-1.0 is negative"),
+  ],
+)
+def test_a_domain_s_factors_must_work(domains, message):
+  with pytest.raises(errors.ConfigError, match=message):
+    credit.CreditConfig(domains=domains)
+
+
+def _per_token(episodes, **config):
+  """By episode: the weighted advantage of each of its response tokens."""
+  samples, _ = credit.assign_credit(
+    [_group(*episodes)], credit.CreditConfig(**config)
+  )
+  found = {}
+  for sample in samples:
+    found.setdefault(sample.episode, []).extend(
+      (sample.weights * sample.advantages).tolist()
+    )
+  return found
+
+
+@pytest.mark.parametrize("baseline", ["mean", "leave_one_out"])
+@pytest.mark.parametrize("divide_by_std", [False, True])
+def test_splitting_an_episode_into_more_requests_changes_nothing(
+  baseline, divide_by_std
+):
+  # A token's gradient is its weight times its advantage times the gradient of
+  # its log-probability, which the split leaves as it is: the same context.
+  rng = np.random.default_rng(0)
+  for _ in range(20):
+    outcomes = rng.integers(0, 2, 4)
+    whole, split = [], []
+    for member, outcome in enumerate(outcomes):
+      sizes = rng.integers(1, 5, rng.integers(1, 4)).tolist()
+      rewards = [(PERF, float(outcome), None)]
+      whole.append(_episode(member, sizes, rewards))
+      parts = [1] * sum(sizes) if member % 2 else [sum(sizes)]
+      split.append(_episode(member, parts, rewards))
+    config = {"baseline": baseline, "divide_by_std": divide_by_std}
+    assert _per_token(whole, **config) == _per_token(split, **config)
