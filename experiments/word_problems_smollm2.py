@@ -26,7 +26,7 @@ from forge_jax.agents.sandbox import backends
 from forge_jax.engine import config as engine_config
 from forge_jax.gateway import server
 from forge_jax.model import sharding
-from forge_jax.observe import metrics
+from forge_jax.observe import metrics, stability
 from forge_jax.pool import (
   compaction,
   curation,
@@ -113,8 +113,8 @@ def get_config() -> ml_collections.ConfigDict:
     ),
     "observe": settings.defaults(metrics.ObserveConfig),
     "process": settings.defaults(process.ProcessConfig),
-    "process": settings.defaults(process.ProcessConfig),
     "sandbox": settings.defaults(backends.SandboxConfig),
+    "stability": settings.defaults(stability.StabilityConfig),
     "tools": settings.defaults(toolbox.ToolboxConfig),
   }
   for name, values in sections.items():

@@ -55,6 +55,10 @@ class MismatchError(ForgeError):
   """Engine and trainer that do not compute the same with the same weights."""
 
 
+class CollapseError(ForgeError):
+  """A run whose policy has broken down; names the last good checkpoint."""
+
+
 class SandboxError(ForgeError):
   """A sandbox that this machine cannot make, or that cannot be used."""
 

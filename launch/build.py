@@ -16,6 +16,7 @@ from forge_jax.gateway import tokenizer as tokenizer_lib
 from forge_jax.model import decoder as decoder_lib
 from forge_jax.model import files, mtp, sharding
 from forge_jax.observe import metrics as metrics_lib
+from forge_jax.observe import stability
 from forge_jax.pool import chain, curation, drift, replay
 from forge_jax.pool import queue as queue_lib
 from forge_jax.pool import store as store_lib
@@ -37,6 +38,7 @@ _SECTIONS = {
   "mesh": sharding.MeshConfig,
   "observe": metrics_lib.ObserveConfig,
   "pack": pack.PackConfig,
+  "stability": stability.StabilityConfig,
 }
 # These are not, or not only, one component's.
 _TOP = {"name", "question", "seed", "steps", "model"} | {

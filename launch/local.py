@@ -155,6 +155,10 @@ class LocalRun:
           recorder.evaluate(services, step, "heldout", plan.eval.during)
         recorder.metrics.flush()
 
+    def record(step: int, values: Mapping[str, Any]) -> None:
+      recorder.record_step(step, values)
+      recorder.stability.check(checkpointer.steps())
+
     if trainer.step in (0, plan.steps):
       evaluate(trainer.step)
     if trainer.step < plan.steps and not stop.requested:
@@ -171,7 +175,7 @@ class LocalRun:
       seed=plan.seed,
       publish=services.engine.update_weights,
       evaluate=evaluate,
-      record=recorder.record_step,
+      record=record,
       retire=collector.collect,
     )
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from forge_jax.observe import display as display_lib
 from forge_jax.observe import metrics as metrics_lib
-from forge_jax.observe import names, throughput
+from forge_jax.observe import names, stability, throughput
 from forge_jax.pool import queue as queue_lib
 from launch import build, journal
 from launch import services as services_lib
@@ -46,13 +46,16 @@ class Recorder:
     self.metrics = metrics_lib.Metrics(_writers(plan, workdir))
     self.metrics.resume_from(step)
     self.training_yield = throughput.TrainingYield()
+    self.stability = stability.Stability(plan.parts["stability"])
     self.display = display_lib.LiveDisplay(plan.name, plan.steps)
     self._before = 0.0  # seconds of the run in earlier processes
     for event in metrics_lib.read_jsonl(workdir / "metrics.jsonl"):
       self.training_yield.observe(event)
+      self.stability.observe(event)
       self.display.observe(event)
       self._before = event.values.get(names.TIME_ELAPSED, self._before)
     self.metrics.subscribe(self.training_yield.observe)
+    self.metrics.subscribe(self.stability.observe)
     self.metrics.subscribe(self.display.observe)
     self._meter = throughput.Meter()
     self._sources: tuple[services_lib.Services, queue_lib.GroupQueue] | None
@@ -128,6 +131,7 @@ class Recorder:
         **values,
         **self._meter.end_step(),
         **self.training_yield.values(),
+        **self.stability.values(),
         **self._live_values(),
         **queue.curated(),
         names.DRIFT: queue.meter.drift,

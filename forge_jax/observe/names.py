@@ -14,6 +14,8 @@ TRAIN_ENTROPY = "train/entropy"  # of the policy at the trained tokens, nats
 
 RATIO_MEAN = "ratio/mean"  # importance ratio, mean over trained tokens
 RATIO_MAX = "ratio/max"
+RATIO_STD = "ratio/std"  # over trained tokens
+RATIO_EFFECTIVE = "ratio/effective"  # effective sample size / tokens, 0..1
 RATIO_CLIPPED = "ratio/clipped"  # share of tokens whose ratio is clipped, 0..1
 
 MISMATCH_MEAN = "mismatch/mean"  # |engine - trainer log-probability|, nats,
@@ -22,6 +24,26 @@ MISMATCH_MAX = "mismatch/max"  # over tokens sampled by the same weights
 # Of the modules that draft, by their number from 1 on: "mtp/kl_1", ...
 MTP_KL = "mtp/kl"  # from the policy to the draft at the trained tokens, nats
 MTP_ACCEPTED = "mtp/accepted"  # probability that a drafted token is accepted
+
+# Means over the step's episodes, of each component (capped) and of each named
+# reward: "reward/perf", "reward/answer", ...
+REWARD = "reward"
+NOTED = "noted"  # of each named reward: how many there are per completion
+EPISODE_TOKENS = "episode/tokens"  # response tokens of an episode, mean
+
+# Of each domain: "domain_success/terminal", ...
+DOMAIN_SHARE = "domain_share"  # of the step's episodes, 0..1
+DOMAIN_SUCCESS = "domain_success"  # share of its episodes that succeed, 0..1
+DOMAIN_REWARD = "domain_reward"  # mean, components combined
+DOMAIN_TOKENS = "domain_tokens"  # response tokens of an episode, mean
+DOMAIN_SECONDS = "domain_seconds"  # wall-clock of an episode, median
+DOMAIN_LEVEL = "domain_level"  # difficulty of the tasks that are drawn now
+
+WATCH_ALARMS = "watch/alarms"  # that hold now; the log says which
+WATCH_GRAD_NORM_SPREAD = "watch/grad_norm_spread"  # variance over squared mean
+WATCH_LENGTH_DRIFT = "watch/length_drift"  # episodes' length / that at first
+# Of each reward: correlation of its mean with success over recent steps, -1..1
+WATCH_CORRELATION = "watch/correlation"
 
 TREE_REQUEST_TOKENS = "tree/request_tokens"  # before merging, in the step
 TREE_UNIQUE_TOKENS = "tree/unique_tokens"  # after merging, in the step

@@ -13,7 +13,7 @@ import numpy as np
 
 from forge_jax import types
 from forge_jax.observe import names
-from forge_jax.trainer import credit
+from forge_jax.trainer import credit, scores
 from forge_jax.tree import collapse
 from forge_jax.tree import cost as cost_lib
 from forge_jax.tree import pack as pack_lib
@@ -60,6 +60,7 @@ class StepBatch:
       names.TREE_REPLAY: packed.replay,
       names.TREE_BATCHES: packed.batches,
       names.TIME_DATA: self.seconds,
+      **scores.figures([s for c in self.credits for s in c.scores]),
     }
 
 

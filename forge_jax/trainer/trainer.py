@@ -14,6 +14,7 @@ import logging
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from forge_jax import errors, types
@@ -175,6 +176,12 @@ def _loss_metrics(sums: Mapping[str, Any], updates: int) -> dict[str, Any]:
     names.TRAIN_LOSS: sums["loss"] / updates,
     names.TRAIN_ENTROPY: sums["entropy"] / count,
     names.RATIO_MEAN: sums["ratio"] / count,
+    names.RATIO_STD: jnp.sqrt(
+      jnp.maximum(
+        sums["ratio_squared"] / count - (sums["ratio"] / count) ** 2, 0.0
+      )
+    ),
+    names.RATIO_EFFECTIVE: sums["ratio"] ** 2 / sums["ratio_squared"] / count,
     names.RATIO_MAX: sums["ratio_max"],
     names.RATIO_CLIPPED: sums["clipped"] / count,
     names.MISMATCH_MEAN: sums["mismatch"] / same,

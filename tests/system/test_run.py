@@ -140,6 +140,15 @@ def test_a_run_that_cannot_start_leaves_nothing_behind(values, tmp_path):
   assert not (tmp_path / "run").exists()
 
 
+def test_a_collapse_ends_a_run_and_names_a_checkpoint(values, tmp_path):
+  values["stability"] |= {"window": 1, "collapse_steps": 1}
+  values["stability"] |= {"collapse_share": 1.0}  # any fall is a collapse
+  values["checkpoint"] |= {"every": 1}
+  values["eval"] |= {"heldout": 0, "phrasings": 0, "every": 0}
+  with pytest.raises(errors.CollapseError, match="good checkpoint is that of"):
+    local.LocalRun(values | {"steps": 40}, tmp_path / "run").train()
+
+
 def test_unknown_keys_are_named_with_the_nearest(values, tmp_path):
   values["trainer"]["groups_per_stp"] = 4
   with pytest.raises(errors.ConfigError, match="'groups_per_step'"):
