@@ -65,6 +65,9 @@ class Task:
   domain: str
   index: int  # position in the domain's endless, seeded sequence
   payload: Mapping[str, Any]  # JSON values; their meaning is the domain's
+  # Written by the mixture, where a curriculum says so:
+  level: int | None = None  # difficulty; None: the domain's own
+  max_tokens: int | None = None  # of a completion; None: the domain's own
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -157,7 +157,7 @@ class Blueprint:
     """The domains' scripts in an engine's place."""
     return teacher_lib.TeacherEngine(
       self.side.domains,
-      self.side.mixture(),
+      self.side.mixture,
       self.imitate,
       tokenizer,
       max_context,

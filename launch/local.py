@@ -98,7 +98,7 @@ class LocalRun:
       )
       stack.callback(batches.close)  # after the queue, for which it waits
       stack.callback(queue.close)
-      loop.restore(trainer, batches, checkpointer)
+      loop.restore(trainer, batches, plan.side.mixture, checkpointer)
       services = plan.services(
         updater.decoder(trainer.state),
         trainer.step,
@@ -156,7 +156,8 @@ class LocalRun:
         recorder.metrics.flush()
 
     def record(step: int, values: Mapping[str, Any]) -> None:
-      recorder.record_step(step, values)
+      curriculum = plan.side.mixture.metrics()
+      recorder.record_step(step, {**values, **curriculum})
       recorder.stability.check(checkpointer.steps())
 
     if trainer.step in (0, plan.steps):
@@ -169,6 +170,7 @@ class LocalRun:
       trainer,
       batches,
       queue,
+      plan.side.mixture,
       checkpointer,
       stop,
       steps=plan.steps,

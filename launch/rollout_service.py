@@ -120,7 +120,7 @@ class RolloutService:
         leased = leases.Leases(pool, tickets, self._leases)
         worker = host.RolloutHost(
           self._side.rollout,
-          self._side.mixture(),
+          self._side.mixture,
           agent,
           gateway,
           leased,

@@ -4,14 +4,14 @@ from collections.abc import Callable, Mapping, Sequence
 import contextlib
 from typing import Any
 
-from forge_jax import settings
+from forge_jax import errors, settings
 from forge_jax.agents import base as agents_base
 from forge_jax.agents import context, react, toolbox, workspace
 from forge_jax.agents.sandbox import backends
 from forge_jax.pool import curation, window
 from forge_jax.rollout import host, process
 from forge_jax.tasks import base as tasks_base
-from forge_jax.tasks import mixture
+from forge_jax.tasks import curriculum, mixture
 from launch import registry
 
 
@@ -53,17 +53,31 @@ class RolloutSide:
       ),
     )
     self.domains: dict[str, tasks_base.Domain] = {}
-    self._weights: dict[str, float] = {}
+    weights: dict[str, float] = {}
+    courses = {}
     for name, section in values["domains"].items():
       section = dict(section)
-      self._weights[name] = section.pop("weight", 1.0)
+      weights[name] = section.pop("weight", 1.0)
+      if "curriculum" in section:
+        courses[name] = settings.section(
+          curriculum.CourseConfig,
+          section.pop("curriculum"),
+          f"domains.{name}.curriculum",
+        )
       self.domains[name] = registry.build(
         name, section, self.sandbox, seed=self.seed
       )
 
-  def mixture(self) -> mixture.TaskMixture:
-    """The training tasks."""
-    return mixture.TaskMixture(self.domains, self._weights, "train", self.seed)
+    shared = bool(values["pool"]["database"])
+    if shared and any(course.raise_at for course in courses.values()):
+      raise errors.ConfigError(
+        "a curriculum with raise_at needs one process that draws all tasks: "
+        "config.pool.database must be ''"
+      )
+    # The training tasks.
+    self.mixture = mixture.TaskMixture(
+      self.domains, weights, "train", self.seed, courses, groups
+    )
 
   def process_rewards(
     self, decode: Callable[[Sequence[int]], str]

@@ -110,7 +110,7 @@ class Services:
     else:
       self._host = host.RolloutHost(
         self._side.rollout,
-        self._side.mixture(),
+        self._side.mixture,
         self._agent,
         self._client,
         queue,

@@ -88,7 +88,7 @@ def test_every_experiment_loads_and_fits_its_components(name, monkeypatch):
       plan = build.Blueprint(values)
       assert (
         plan.steps >= 1
-        and plan.side.mixture().task(0).domain in plan.side.domains
+        and plan.side.mixture.task(0).domain in plan.side.domains
       )
     case other:
       pytest.fail(f"{name} names no known command, but {other}")

@@ -8,7 +8,7 @@ from outside, and a gateway that cannot be used after several attempts.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -61,7 +61,8 @@ def first_failure(failures: ExceptionGroup) -> Exception:
 class EpisodeRunner:
   """Runs episodes of one agent against one gateway; at most `permits` at once.
 
-  Used from one asyncio loop.
+  Of these a domain with a quota holds its share at most, so that one whose
+  episodes are slow leaves room for others. Used from one asyncio loop.
   """
 
   def __init__(
@@ -75,7 +76,12 @@ class EpisodeRunner:
     temperature: float,
     verifier_seconds: float = 120.0,
     process: process_lib.ProcessRewards | None = None,
+    quotas: Mapping[str, float] | None = None,
   ):
+    self._quotas = {
+      domain: asyncio.Semaphore(max(int(share * permits), 1))
+      for domain, share in (quotas or {}).items()
+    }
     self._process = process
     self._agent = agent
     self._gateway = gateway
@@ -95,7 +101,8 @@ class EpisodeRunner:
     Raises:
       GatewayError: the gateway could not be used, after several attempts.
     """
-    async with self._permits:
+    quota = self._quotas.get(attempt.task.domain, contextlib.nullcontext())
+    async with quota, self._permits:
       session, keys = await self._open(attempt)
       try:
         outcome = await self._play(attempt, make_environment, keys)

@@ -36,6 +36,8 @@ class RolloutConfig:
   deadline_seconds: float = 600.0  # wall-clock, of one episode
   verifier_seconds: float = 120.0  # wall-clock, to score one episode
   temperature: float = 1.0  # of sampling, where the agent sets none
+  # Largest share of the permits by domain: a slow one must not hold them all.
+  quotas: Mapping[str, float] = dataclasses.field(default_factory=dict)
   seed: int = 0  # all episodes' seeds derive from it
 
   def __post_init__(self):
@@ -48,6 +50,11 @@ class RolloutConfig:
       if not getattr(self, name) > 0:
         raise errors.ConfigError(
           f"rollout {name} is {getattr(self, name)}; expected more than 0"
+        )
+    for domain, share in self.quotas.items():
+      if not 0 < share <= 1:
+        raise errors.ConfigError(
+          f"rollout quota of {domain!r} is {share}; expected a share above 0"
         )
     if self.temperature < 0 or self.seed < 0:
       raise errors.ConfigError(
@@ -114,6 +121,7 @@ class RolloutHost:
       verifier_seconds=config.verifier_seconds,
       temperature=config.temperature,
       process=process,
+      quotas=config.quotas,
     )
     self._counts: collections.Counter[str] = collections.Counter()
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import signal
 import time
-from typing import Any
+from typing import Any, Protocol
 
 from absl import logging
 import grain
@@ -79,10 +79,24 @@ class StopSignal:
       raise Interrupted
 
 
+class Tasks(Protocol):
+  """The sequence of tasks, if what it gives depends on what was trained."""
+
+  def observe(self, step: int, metrics: Mapping[str, Any]) -> None:
+    """Learns what a trainer step measured."""
+
+  def state(self) -> Mapping[str, Any]:
+    """What a restart needs, as JSON."""
+
+  def restore(self, state: Mapping[str, Any]) -> None:
+    """The inverse of `state`."""
+
+
 def train(
   trainer: trainer_lib.Trainer,
   batches: grain.DatasetIterator[preparation.StepBatch],
   queue: queue_lib.GroupQueue,
+  tasks: Tasks,
   checkpointer: checkpoint_lib.Checkpointer,
   stop: StopSignal,
   *,
@@ -101,6 +115,7 @@ def train(
     trainer: at its first step, or restored.
     batches: prepared ones, from `pool.dataset`, restored to the same step.
     queue: where they come from; learns of each step that is over.
+    tasks: of the groups to come; learns of a step before the queue does.
     checkpointer: where checkpoints go.
     stop: entered by the caller.
     steps: trainer steps of the whole run, those before a restart included.
@@ -131,32 +146,40 @@ def train(
     metrics[names.TIME_TRAIN] = trained - taken
     metrics[names.TIME_STEP] = time.perf_counter() - started
     evaluate(trainer.step)
+    tasks.observe(trainer.step, metrics)
     queue.commit(trainer.step)
     record(trainer.step, metrics)
     if checkpointer.due(trainer.step):
-      save(trainer, position, checkpointer, seed)
+      save(trainer, position, tasks, checkpointer, seed)
       saved = trainer.step
       if (oldest := checkpointer.oldest_step) is not None:
         retire(oldest)
   if saved != trainer.step:
-    save(trainer, position, checkpointer, seed)
+    save(trainer, position, tasks, checkpointer, seed)
   checkpointer.wait()
 
 
 def save(
   trainer: trainer_lib.Trainer,
   position: Mapping[str, Any],
+  tasks: Tasks,
   checkpointer: checkpoint_lib.Checkpointer,
   seed: int,
 ) -> None:
   """Begins a checkpoint of the trainer's state, the data's, the seed."""
-  host = {"step": trainer.step, "seed": seed, "queue": position}
+  host = {
+    "step": trainer.step,
+    "seed": seed,
+    "queue": position,
+    "tasks": tasks.state(),
+  }
   checkpointer.save(trainer.step, trainer.state, host)
 
 
 def restore(
   trainer: trainer_lib.Trainer,
   batches: grain.DatasetIterator,
+  tasks: Tasks,
   checkpointer: checkpoint_lib.Checkpointer,
 ) -> bool:
   """Continues from the newest checkpoint; False: there is none."""
@@ -165,4 +188,5 @@ def restore(
   state, host = checkpointer.restore(trainer.state)
   trainer.restore(host["step"], state)
   batches.set_state(host["queue"])
+  tasks.restore(host["tasks"])
   return True

@@ -8,6 +8,7 @@ import rollout_fakes as fakes
 
 from forge_jax import errors, types
 from forge_jax.rollout import episode as episode_lib
+from forge_jax.rollout import host
 
 Status = types.EpisodeStatus
 
@@ -280,3 +281,53 @@ async def play_scored(rewards, **runner):
   episode = await episodes.run(attempt, lambda task: Environment())
   assert not gateway.open
   return episode
+
+
+async def test_a_slow_domain_leaves_permits_for_others():
+  running, most, ended = {"slow": 0, "fast": 0}, {"slow": 0, "fast": 0}, []
+
+  class Agent:
+    async def run(self, environment, endpoint):
+      running[environment] += 1
+      most[environment] = max(most[environment], running[environment])
+      if environment == "slow":
+        await release.wait()
+      await asyncio.sleep(0)
+      running[environment] -= 1
+      ended.append(environment)
+      return []
+
+  class Environment(str):
+    def rewards(self):
+      return []
+
+  release = asyncio.Event()
+  runner = episode_lib.EpisodeRunner(
+    Agent(),
+    fakes.FakeGateway(),
+    model_name="policy",
+    permits=4,
+    deadline_seconds=30.0,
+    temperature=0.7,
+    quotas={"slow": 0.5},
+  )
+
+  async def run(number, domain):
+    task = types.Task(f"{domain}/{number}", domain, number, {})
+    attempt = episode_lib.Attempt(task.id, task, 0, 1, 16)
+    return await runner.run(attempt, lambda task: Environment(domain))
+
+  async with asyncio.TaskGroup() as group:
+    # The slow ones come first, and would take every permit.
+    for number in range(6):
+      group.create_task(run(number, "slow"))
+    fast = [group.create_task(run(number, "fast")) for number in range(6)]
+    await asyncio.wait(fast)
+    assert ended == ["fast"] * 6 and most["slow"] == 2
+    release.set()
+  assert ended.count("slow") == 6 and most["slow"] == 2
+
+
+def test_a_quota_is_a_share():
+  with pytest.raises(errors.ConfigError, match=r"quota of 'slow' is 1\.5"):
+    host.RolloutConfig(quotas={"slow": 1.5})
