@@ -134,12 +134,13 @@ class JaxEngine:
     finished = False
     try:
       while not finished:
-        item = await stream.items.get()
-        if isinstance(item, errors.EngineError):
+        try:
+          chunk = await stream.take()
+        except errors.EngineError:
           finished = True
-          raise item
-        finished = item.stop_reason is not None
-        yield item
+          raise
+        finished = chunk.stop_reason is not None
+        yield chunk
     finally:
       if not finished:
         self.abort(request.id)

@@ -1,7 +1,8 @@
 """The body of SGLang's `/generate`, to and from an engine's requests.
 
-Names are SGLang's, of its `GenerateReqInput` and `SamplingParams`. A body that
-asks for what this engine has not is refused, not half served.
+Names are SGLang's, of its `GenerateReqInput` and `SamplingParams`; a session is
+its `routing_key`. A body that asks for what this engine has not is refused, not
+half served.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from forge_jax import errors
 from forge_jax.engine import api
 
 _MAX_NEW_TOKENS = 128  # SGLang's default
+_MOST_PRIORITY = 2**31 - 1
 _NEUTRAL = {  # what SGLang has and we have not may be sent if it does nothing
   "min_new_tokens": 0,
   "regex": None,
@@ -54,6 +56,16 @@ class Generate:
   single: bool  # the reply is one object, not a list of them
   stream: bool
   logprobs: bool  # whether the reply has them
+
+
+def turn_to_json(request: api.GenerateRequest) -> dict[str, Any]:
+  """The fields of a body that say whose turn a request is; none by default."""
+  value: dict[str, Any] = {}
+  if request.session:
+    value["routing_key"] = request.session
+  if request.priority:
+    value["priority"] = request.priority
+  return value
 
 
 def sampling_to_json(sampling: api.SamplingParams) -> dict[str, Any]:
@@ -138,6 +150,8 @@ def parse_generate(
     )
   stream = take.boolean("stream", False)
   top = take.integer("top_logprobs_num", 0, 0, api.MOST_TOP_LOGPROBS)
+  session = take.string("routing_key")
+  priority = take.integer("priority", 0, -_MOST_PRIORITY, _MOST_PRIORITY)
   take.refuse_others(
     ("rid", "input_ids", "sampling_params", "return_logprob", *_IGNORED),
     _NEUTRAL_IN_BODY,
@@ -166,7 +180,7 @@ def parse_generate(
         top_logprobs=top,
       )
       rid = rids[len(requests)]
-      requests.append(api.GenerateRequest(rid, prompt, each))
+      requests.append(api.GenerateRequest(rid, prompt, each, session, priority))
   return Generate(tuple(requests), single, stream, any(logprobs))
 
 
@@ -196,6 +210,12 @@ class _Taker:
     if type(value) not in (int, float) or not low <= value <= high:
       raise self._bad(name, f"a number from {low:g} to {high:g}", value)
     return float(value)
+
+  def string(self, name: str) -> str:
+    value = self._take(name, "")
+    if not isinstance(value, str):
+      raise self._bad(name, "a string", value)
+    return value
 
   def ids(self, name: str) -> tuple[int, ...]:
     value = self._take(name, [])

@@ -22,7 +22,7 @@ import aiohttp
 import httpx
 
 from forge_jax import errors, types
-from forge_jax.engine import api, generate_reply
+from forge_jax.engine import api, generate_reply, streams
 
 _log = logging.getLogger(__name__)
 PAUSE = 0.2  # seconds before something is tried again
@@ -108,18 +108,16 @@ class RemoteEngine(abc.ABC):
     if request.id in self._running:
       raise errors.EngineError(f"request id {request.id} is already in flight")
     self._counts["requests"] += 1
-    arrived: asyncio.Queue = asyncio.Queue()
+    arrived = streams.Stream()
     task = asyncio.create_task(self._fetch(request, arrived))
     self._running[request.id] = task
     try:
       stop_reason = None
       while stop_reason is None:
-        item = await arrived.get()
-        if isinstance(item, Exception):
-          raise item
-        self._counts["sampled_tokens"] += len(item.token_ids)
-        stop_reason = item.stop_reason
-        yield item
+        chunk = await arrived.take()
+        self._counts["sampled_tokens"] += len(chunk.token_ids)
+        stop_reason = chunk.stop_reason
+        yield chunk
     finally:
       del self._running[request.id]
       task.cancel()
@@ -160,9 +158,9 @@ class RemoteEngine(abc.ABC):
     del rid
 
   async def _fetch(
-    self, request: api.GenerateRequest, arrived: asyncio.Queue
+    self, request: api.GenerateRequest, arrived: streams.Stream
   ) -> None:
-    """Puts a completion's chunks, or what became of it, into a queue."""
+    """Puts a completion's chunks, or what became of it, into a stream."""
     deadline = time.monotonic() + self._config.patience
     begun = False
     while True:
@@ -172,23 +170,23 @@ class RemoteEngine(abc.ABC):
       try:
         async for chunk in self._attempt(request, rid):
           begun = True
-          arrived.put_nowait(chunk)
+          arrived.put(chunk)
         return
       except asyncio.CancelledError:
-        arrived.put_nowait(api.TokenChunk((), (), (), types.StopReason.ABORT))
+        arrived.put(api.TokenChunk((), (), (), types.StopReason.ABORT))
         task = asyncio.create_task(self._abandon(rid))
         self._abandoning.add(task)
         task.add_done_callback(self._abandoning.discard)
         raise
       except errors.EngineUnavailableError as error:
         if begun or time.monotonic() > deadline:
-          arrived.put_nowait(error)
+          arrived.put(error)
           return
         self._counts["retries"] += 1
         _log.warning("request %s is sent again: %s", request.id, error)
         await asyncio.sleep(PAUSE)
       except Exception as error:  # raised again by whoever reads
-        arrived.put_nowait(error)
+        arrived.put(error)
         return
 
   async def _attempt(

@@ -107,7 +107,10 @@ class Completions:
     self, asked: generate_request.Generate
   ) -> AsyncIterator[dict[str, Any]]:
     """The parts of all replies as they come."""
-    arrived: asyncio.Queue[dict[str, Any] | Exception | None] = asyncio.Queue()
+    # Where the client is behind, the engine's stream joins what is sampled.
+    arrived: asyncio.Queue[dict[str, Any] | Exception | None] = asyncio.Queue(
+      len(asked.requests)
+    )
 
     async def sample(number: int) -> None:
       request, count, end = asked.requests[number], 0, None
@@ -117,10 +120,10 @@ class Completions:
           part = self._reply(request, chunk, count, asked)
           if not asked.single:
             part["index"] = number
-          arrived.put_nowait(part)
+          await arrived.put(part)
       except Exception as error:  # raised again by whoever reads
         end = error
-      arrived.put_nowait(end)
+      await arrived.put(end)
 
     running = len(asked.requests)
     tasks = [asyncio.create_task(sample(n)) for n in range(running)]

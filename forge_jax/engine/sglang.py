@@ -145,6 +145,7 @@ class SGLangEngine(remote.RemoteEngine):
       "sampling_params": generate_request.sampling_to_json(sampling),
       "return_logprob": True,
       "stream": self._streams,
+      **generate_request.turn_to_json(request),
     }
     if sampling.top_logprobs:
       body["top_logprobs_num"] = sampling.top_logprobs

@@ -11,7 +11,10 @@ Invariants:
   1. A request runs on one engine, and is sent to another only before its first
      token.
   2. What is remembered of prompts is bounded: `remembered` blocks.
-  3. Weights, flushes and pauses reach every engine or raise.
+  3. Every request goes to an engine with the latest weights that any has taken.
+     An engine that did not take them gets no request until it takes later ones;
+     where none took them, all go on with the old ones.
+  4. Flushes and pauses reach every engine or raise.
 """
 
 import collections
@@ -52,6 +55,7 @@ class Router:
     self._config = config or RouterConfig()
     self._in_flight = [0] * len(self._engines)
     self._rests_until = [0.0] * len(self._engines)
+    self._current = set(range(len(self._engines)))  # have the latest weights
     # By a prefix's digest: the engine that served it last; newest at the end.
     self._served: collections.OrderedDict[bytes, int] = (
       collections.OrderedDict()
@@ -83,7 +87,7 @@ class Router:
       except errors.EngineUnavailableError as error:
         tried.add(place)
         self._rests_until[place] = time.monotonic() + self._config.rest
-        if begun or len(tried) == len(self._engines):
+        if begun or tried >= self._current:
           raise
         self._counts["rerouted"] += 1
         _log.warning("request %s goes elsewhere: %s", request.id, error)
@@ -94,8 +98,26 @@ class Router:
       self._engines[place].abort(request_id)
 
   def update_weights(self, weights: types.WeightsVersion) -> None:
-    """See `engine.api.Engine.update_weights`; every engine takes them."""
-    self._everywhere(lambda engine: engine.update_weights(weights))
+    """See `engine.api.Engine.update_weights`.
+
+    Engines that do not take the weights, though others do, are logged, counted
+    in `stats` and left out.
+
+    Raises:
+      EngineError: no engine has taken them.
+    """
+    failures = self._try(lambda engine: engine.update_weights(weights))
+    if len(failures) == len(self._engines):
+      raise failures[0]
+    for place, failure in failures.items():
+      _log.error(
+        "engine %d of %d has not taken weights version %d and is left out: %s",
+        place,
+        len(self._engines),
+        weights.version,
+        failure,
+      )
+    self._current = set(range(len(self._engines))) - failures.keys()
 
   def flush_cache(self) -> None:
     """See `engine.api.Engine.flush_cache`."""
@@ -110,12 +132,23 @@ class Router:
     self._everywhere(lambda engine: engine.resume())
 
   def stats(self) -> Mapping[str, float]:
-    """The engines' figures added up, the least version, and the router's."""
+    """The engines' figures added up, their version, and the router's own."""
     all_stats = [engine.stats() for engine in self._engines]
     names = set().union(*all_stats) - {"version"}
     added = {name: sum(s.get(name, 0) for s in all_stats) for name in names}
-    versions = [s["version"] for s in all_stats if "version" in s]
-    return added | self._counts | {"version": min(versions, default=0)}
+    versions = [
+      all_stats[place]["version"]
+      for place in self._current
+      if "version" in all_stats[place]
+    ]
+    return (
+      added
+      | self._counts
+      | {
+        "version": min(versions, default=0),
+        "stale_engines": len(self._engines) - len(self._current),
+      }
+    )
 
   async def _on(
     self, place: int, request: api.GenerateRequest
@@ -135,7 +168,8 @@ class Router:
   def _place(self, digests: Sequence[bytes], tried: set[int]) -> int:
     """The engine that a prompt goes to."""
     now = time.monotonic()
-    left = [n for n in range(len(self._engines)) if n not in tried]
+    current = self._current  # which an update on another thread may replace
+    left = sorted(current - tried) or sorted(current)
     # Where all rest, the one that has rested longest is tried.
     rested = [n for n in left if self._rests_until[n] <= now]
     left = rested or [min(left, key=self._rests_until.__getitem__)]
@@ -170,7 +204,19 @@ class Router:
 
   def _everywhere(self, control: Callable[[api.Engine], None]) -> None:
     """Calls every engine at the same time; raises the first failure."""
+    for failure in self._try(control).values():
+      raise failure
+
+  def _try(
+    self, control: Callable[[api.Engine], None]
+  ) -> dict[int, errors.EngineError]:
+    """Calls every engine at the same time; returns the failures by place."""
     with concurrent.futures.ThreadPoolExecutor(len(self._engines)) as pool:
       done = [pool.submit(control, engine) for engine in self._engines]
-    for one in done:
-      one.result()
+    failures = {}
+    for place, one in enumerate(done):
+      try:
+        one.result()
+      except errors.EngineError as error:
+        failures[place] = error
+    return failures

@@ -21,8 +21,9 @@ Invariants:
      only under the admin token. Neither is ever logged.
   2. A client that goes away aborts its request. Closing a session aborts what
      is in flight, waits for it, and returns everything that was recorded.
-  3. At most `max_running` completion requests run; as many as `max_waiting` wait,
-     sessions in turn; more are refused with 429 and the time to wait.
+  3. At most `max_running` completion requests run; as many as `max_waiting`, of
+     `max_waiting_bytes` at most, wait, sessions in turn; more are refused with
+     429 and the time to wait.
   4. A refused or failed request changes nothing in the session's forest, but
      that tokens sampled before a failure are kept.
   5. With a journal, what a client is told is on the disk before: a session that
@@ -93,6 +94,7 @@ class GatewayConfig:
   max_body_bytes: int = 64 * 2**20
   max_running: int = 1024  # completion requests at a time
   max_waiting: int = 4096  # behind them
+  max_waiting_bytes: int = 512 * 2**20  # of the bodies of those that wait
   tls_cert: str | None = None  # PEM file of a certificate chain
   tls_key: str | None = None  # PEM file of its key
 
@@ -105,6 +107,12 @@ class GatewayConfig:
       raise errors.ConfigError(
         f"gateway.max_running={self.max_running} must be positive and "
         f"gateway.max_waiting={self.max_waiting} at least 0"
+      )
+    if self.max_waiting_bytes < self.max_body_bytes:
+      raise errors.ConfigError(
+        f"gateway.max_waiting_bytes={self.max_waiting_bytes} is less than "
+        f"gateway.max_body_bytes={self.max_body_bytes}: a request of that size "
+        "could not wait"
       )
 
 
@@ -138,7 +146,9 @@ class Gateway:
       else journal.Journal(config.journal)
     )
     self._table = session_table.SessionTable(engine, self._journal)
-    gate = admission.Admission(config.max_running, config.max_waiting)
+    gate = admission.Admission(
+      config.max_running, config.max_waiting, config.max_waiting_bytes
+    )
     self._meters = meters.Meters(self._table, gate)
     self._service = serving.Service(
       engine, self.renderer, gate, self._meters, self._journal

@@ -63,20 +63,20 @@ class Service:
     Raises:
       ForgeError: it is refused, or fails before its first token.
     """
-    self._gate.check(session.id)  # before the body is read
+    # Before the body is read.
+    self._gate.check(session.id, request.content_length or 0)
     self._journal.check()
     body = await http.read_json(request)
     asked = dialect.parse(body, session)
+    raw = await request.read()
     attempt = session.attempts.begin(
-      attempts.read(
-        dialect.PATH, body["model"], await request.read(), request.headers
-      )
+      attempts.read(dialect.PATH, body["model"], raw, request.headers)
     )
     choices: list[generation.Generation] = []
     started, delivered = time.monotonic(), False
     try:
       async with (
-        self._gate.permit(session.id),
+        self._gate.permit(session.id, len(raw)),
         contextlib.AsyncExitStack() as s,
       ):
         for number, turn in enumerate(asked.turns):

@@ -314,7 +314,7 @@ async def test_running_requests_keep_or_recompute_their_cache(policy):
       ids += chunk.token_ids
       logprobs += chunk.logprobs
       versions += chunk.versions
-      if len(ids) == 3:
+      if len(ids) == len(chunk.token_ids):  # the first
         made.update_weights(types.WeightsVersion(1, params=nnx.state(new)))
     first = versions.index(1)
     fresh = dense_logprobs(new, prompt, ids)[first:]

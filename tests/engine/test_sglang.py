@@ -1,6 +1,7 @@
 """The client of SGLang's API: against our server, and recorded replies."""
 
 import asyncio
+import dataclasses
 import json
 import pathlib
 
@@ -80,13 +81,26 @@ async def test_what_is_sampled_is_what_the_engine_samples(stream):
     assert found[-1].stop_reason == types.StopReason.LENGTH
 
 
+async def test_whose_turn_it_is_reaches_the_engine():
+  seen = []
+  engine = scripted.ScriptedEngine(
+    lambda r: seen.append((r.session, r.priority)) or [1], max_context=256
+  )
+  async with engine_servers.serving(engine) as (_, _, client):
+    asked = request("a")
+    await chunks(client, asked)
+    asked = dataclasses.replace(asked, id="b", session="s/1", priority=-3)
+    await chunks(client, asked)
+  assert seen == [("", 0), ("s/1", -3)]
+
+
 async def test_chunks_arrive_as_they_are_sampled():
   slow = scripted.ScriptedEngine(
     engine_servers.scripted_reply, max_context=256, delay=0.01
   )
   async with engine_servers.serving(slow) as (_, _, client):
     found = await chunks(client, request("r", max_tokens=6))
-  assert [len(chunk.token_ids) for chunk in found] == [1] * 6
+  assert sum(len(chunk.token_ids) for chunk in found) == 6 < 2 * len(found)
 
 
 async def test_stops_and_prompts_that_are_too_long():

@@ -20,12 +20,12 @@ class Crowd:
     self.inside = []
     self.leave = {}
 
-  def come(self, session, name):
+  def come(self, session, name, size=0):
     self.leave[name] = asyncio.Event()
-    return asyncio.create_task(self._visit(session, name))
+    return asyncio.create_task(self._visit(session, name, size))
 
-  async def _visit(self, session, name):
-    async with self.gate.permit(session):
+  async def _visit(self, session, name, size):
+    async with self.gate.permit(session, size):
       self.inside.append(name)
       await self.leave[name].wait()
     self.inside.remove(name)
@@ -85,6 +85,48 @@ async def test_no_session_fills_the_queue_for_all():
   for event in crowd.leave.values():
     event.set()
   await asyncio.gather(*tasks.values())
+  assert gate.running == gate.waiting == 0
+
+
+async def test_what_waits_is_bounded_by_its_bytes():
+  gate = admission.Admission(1, 100, most_bytes=10)
+  crowd = Crowd(gate)
+  tasks = {"a0": crowd.come("a", "a0", 50)}  # runs: it does not wait
+  await settle()
+  for name, size in (("a1", 4), ("a2", 3), ("a3", 3)):
+    tasks[name] = crowd.come("a", name, size)
+    await settle()
+  assert (gate.waiting, gate.waiting_bytes) == (3, 10)
+  with pytest.raises(refusal.Refusal):
+    gate.check("a", 1)
+  with pytest.raises(refusal.Refusal):  # it would have more than the other has
+    await crowd.come("b", "b0", 11)
+  gate.check("b", 5)
+  tasks["b1"] = crowd.come("b", "b1", 5)  # takes the room of two
+  for name in ("a3", "a2"):
+    with pytest.raises(refusal.Refusal) as caught:
+      await tasks.pop(name)
+    assert caught.value.status == 429
+  assert (gate.waiting, gate.waiting_bytes) == (2, 9)
+  for event in crowd.leave.values():
+    event.set()
+  await asyncio.gather(*tasks.values())
+  assert gate.running == gate.waiting == gate.waiting_bytes == 0
+
+
+async def test_one_that_is_refused_and_goes_away_takes_no_permit_with_it():
+  gate = admission.Admission(1, 2)
+  crowd = Crowd(gate)
+  tasks = [crowd.come("a", n) for n in range(3)]
+  await settle()
+  tasks.append(crowd.come("b", 3))
+  await asyncio.sleep(0)  # the newest of the other session is refused
+  tasks[2].cancel()
+  await settle()
+  assert tasks[2].cancelled() and (gate.running, gate.waiting) == (1, 2)
+  for event in crowd.leave.values():
+    event.set()
+  await asyncio.gather(*tasks[:2], tasks[3])
   assert gate.running == gate.waiting == 0
 
 

@@ -160,9 +160,66 @@ async def test_aborts_and_controls_reach_the_engines():
   made.resume()
   assert len(await run(made, "b", [1] * 8)) == 5
 
+
+def version(number):
+  return types.WeightsVersion(number, path=f"v{number}")
+
+
+async def versions(made, count):
+  """The versions that so many requests with nothing in common meet."""
+  asked = (run(made, f"r{n}", [n] * 8) for n in range(count))
+  replies = await asyncio.gather(*asked)
+  return {v for chunks in replies for chunk in chunks for v in chunk.versions}
+
+
+async def test_weights_that_one_engine_does_not_take_are_never_mixed(caplog):
+  some = engines(3, delay=0.002)
+  made = router.Router(some, CONFIG)
+  made.update_weights(version(1))
+  take = some[1].update_weights
+
   def refuse(weights):
-    raise errors.EngineError("weights version 5 are refused")
+    raise errors.EngineError(f"version {weights.version} is refused")
 
   some[1].update_weights = refuse
-  with pytest.raises(errors.EngineError, match="version 5 are refused"):
-    made.update_weights(types.WeightsVersion(5, path="v5"))
+  before = served(some)[1]
+  made.update_weights(version(2))
+  assert "engine 1 of 3 has not taken weights version 2" in caplog.text
+  assert made.stats()["stale_engines"] == 1 and made.stats()["version"] == 2
+  assert await versions(made, 9) == {2}
+  assert served(some)[1] == before
+  some[1].update_weights = take
+  made.update_weights(version(3))
+  assert made.stats()["stale_engines"] == 0
+  assert await versions(made, 9) == {3} and served(some)[1] > before
+
+
+async def test_weights_that_no_engine_takes_leave_the_old_ones():
+  some = engines(2)
+  made = router.Router(some, CONFIG)
+  made.update_weights(version(1))
+
+  def refuse(weights):
+    raise errors.EngineError(f"version {weights.version} is refused")
+
+  for engine in some:
+    engine.update_weights = refuse
+  with pytest.raises(errors.EngineError, match="version 2 is refused"):
+    made.update_weights(version(2))
+  assert made.stats()["version"] == 1
+  assert await versions(made, 4) == {1}
+
+
+async def test_engines_that_are_left_out_do_not_stand_in_for_one_that_is_away():
+  [stale], away = engines(1), Away(0)
+  made = router.Router([away, stale], CONFIG)
+  away.update_weights = lambda weights: None
+
+  def refuse(weights):
+    raise errors.EngineUnavailableError("restarting")
+
+  stale.update_weights = refuse
+  made.update_weights(version(1))
+  with pytest.raises(errors.EngineUnavailableError, match="gone"):
+    await run(made, "a", [1] * 8)
+  assert served([stale]) == [0]
