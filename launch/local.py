@@ -178,6 +178,7 @@ class LocalRun:
       publish=services.engine.update_weights,
       evaluate=evaluate,
       record=record,
+      flush=recorder.metrics.flush,
       retire=collector.collect,
     )
 

@@ -1,7 +1,8 @@
 """Random damage to a pool and to checkpoints: is it all noticed?
 
-A trial flips a bit of a file, or cuts its end off. It counts as noticed if the damage is told by the name of the file, what
-is lost is named, and the newest good state is what one then gets:
+A trial flips a bit of a file, or cuts its end off. It counts as noticed if the
+damage is told by the name of the file, what is lost is named, and the newest
+good state is what one then gets:
 
   segment      `verify` names it and each lost record; after `--repair` the
                others are there, and the lost ones can be stored again

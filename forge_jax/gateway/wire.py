@@ -47,17 +47,19 @@ def completions_to_json(
 def completions_from_json(
   values: Sequence[Mapping[str, Any]],
 ) -> tuple[types.Completion, ...]:
-  """The inverse of `completions_to_json`."""
-  completions: dict[str, types.Completion] = {}
-  for value in values:
-    pieces = [np.asarray(value["added_ids"], np.int32)]
-    if value["parent"] is not None:
-      parent = completions[value["parent"]]
-      pieces = [parent.prompt_ids, parent.response_ids, *pieces]
-    completions[value["id"]] = types.Completion(
+  """The inverse of `completions_to_json`.
+
+  A prompt that another goes on from is a view of the other's.
+  """
+  responses = {
+    value["id"]: np.asarray(value["response_ids"], np.int32) for value in values
+  }
+  prompts = _prompts(values, responses)
+  return tuple(
+    types.Completion(
       id=value["id"],
-      prompt_ids=np.concatenate(pieces),
-      response_ids=np.asarray(value["response_ids"], np.int32),
+      prompt_ids=prompts[value["id"]],
+      response_ids=responses[value["id"]],
       logprobs=np.asarray(value["logprobs"], np.float32),
       versions=np.asarray(value["versions"], np.int32),
       stop_reason=types.StopReason(value["stop_reason"]),
@@ -71,7 +73,32 @@ def completions_from_json(
       delivered=value["delivered"],
       request=request_from_json(value["request"]),
     )
-  return tuple(completions.values())
+    for value in values
+  )
+
+
+def _prompts(
+  values: Sequence[Mapping[str, Any]], responses: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+  """By id, the prompt of each completion; only the longest are copies."""
+  by_id = {value["id"]: value for value in values}
+  prompts: dict[str, np.ndarray] = {}
+  for value in reversed(values):
+    if value["id"] in prompts:
+      continue
+    lineage = [value]  # the completion and those before it
+    while (parent := lineage[-1]["parent"]) is not None:
+      lineage.append(by_id[parent])
+    pieces, ends, end = [], [], 0
+    for one in reversed(lineage):
+      added = np.asarray(one["added_ids"], np.int32)
+      ends.append(end + len(added))
+      pieces += [added, responses[one["id"]]]
+      end = ends[-1] + len(responses[one["id"]])
+    prompt = np.concatenate(pieces[:-1])
+    for one, end in zip(reversed(lineage), ends, strict=True):
+      prompts.setdefault(one["id"], prompt[:end])
+  return prompts
 
 
 def request_to_json(request: types.Request | None) -> dict[str, Any] | None:

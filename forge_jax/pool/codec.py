@@ -23,6 +23,7 @@ back as the same float, so that nothing is rounded on the way.
 from collections.abc import Mapping, Sequence
 import dataclasses
 import enum
+import functools
 import json
 import types as python_types
 import typing
@@ -42,6 +43,8 @@ _DTYPES = {
   "logprobs": np.dtype(np.float32),
   "versions": np.dtype(np.int32),
 }
+_SCALARS = frozenset((str, int, float, bool, type(None)))
+_EPISODES, _TASK = frozenset(("episodes",)), frozenset(("task",))
 
 
 def encode(group: types.Group) -> bytes:
@@ -65,8 +68,8 @@ def encode(group: types.Group) -> bytes:
     "codec": CODEC_VERSION,
     "lengths": [[len(c.prompt_ids), len(c.response_ids)] for c in completions],
     **forest,
-    "group": _plain(group, without={"episodes"}),
-    "episodes": [_plain(e, without={"task"}) for e in group.episodes],
+    "group": _plain(group, _EPISODES),
+    "episodes": [_plain(episode, _TASK) for episode in group.episodes],
   }
   try:
     text = json.dumps(record, separators=(",", ":"))
@@ -208,9 +211,15 @@ def _extends(one: types.Completion, other: types.Completion) -> bool:
   length = prompt + len(other.response_ids)
   return (
     len(one.prompt_ids) >= length
-    and np.array_equal(one.prompt_ids[:prompt], other.prompt_ids)
+    and _equal(one.prompt_ids[:prompt], other.prompt_ids)
     and np.array_equal(one.prompt_ids[prompt:length], other.response_ids)
   )
+
+
+def _equal(one: np.ndarray, other: np.ndarray) -> bool:
+  """Whether arrays of one length are equal; at once where they are the same."""
+  where = lambda array: (array.ctypes.data, array.strides)
+  return where(one) == where(other) or np.array_equal(one, other)
 
 
 def _common(one: np.ndarray, other: np.ndarray) -> int:
@@ -245,19 +254,29 @@ def _unmerge(
   return sequences
 
 
-def _plain(value: Any, without: set[str] = frozenset()) -> Any:
+def _plain(value: Any, without: frozenset[str] = frozenset()) -> Any:
   """A carrier as JSON, without its arrays."""
-  if dataclasses.is_dataclass(value):
+  kind = type(value)
+  if kind in _SCALARS:
+    return value
+  if dataclasses.is_dataclass(kind):
     return {
-      field.name: _plain(getattr(value, field.name))
-      for field in dataclasses.fields(value)
-      if field.name not in without and field.name not in _DTYPES
+      name: _plain(getattr(value, name))
+      for name in _names(kind)
+      if name not in without
     }
   if isinstance(value, enum.Enum):
     return value.value
   if isinstance(value, tuple):
     return [_plain(item) for item in value]
   return dict(value) if isinstance(value, Mapping) else value
+
+
+@functools.cache
+def _names(kind: type) -> tuple[str, ...]:
+  """A carrier's fields, but for arrays."""
+  names = (field.name for field in dataclasses.fields(kind))
+  return tuple(name for name in names if name not in _DTYPES)
 
 
 def _built(kind: Any, value: Any) -> Any:

@@ -52,6 +52,10 @@ _SIZE = (
 )
 
 
+class OtherSchemaError(errors.PoolError):
+  """The index was written by another version of this package."""
+
+
 class Row(NamedTuple):
   """A record's row."""
 
@@ -101,7 +105,7 @@ class Index:
       "SELECT value FROM meta WHERE name = 'schema'"
     ).fetchall()[0]
     if int(version) != SCHEMA_VERSION:
-      raise errors.PoolError(
+      raise OtherSchemaError(
         f"the pool's index has schema version {version}; this forge-jax reads "
         f"version {SCHEMA_VERSION}"
       )
@@ -360,12 +364,16 @@ class SqliteIndex(Index):
     """Reads what was acknowledged, if it can be, and removes the files."""
     sizes: dict[int, int] = {}
     if self._path.exists():
-      with contextlib.suppress(errors.PoolError, ValueError):
+      try:
         database = Sqlite(self._path)
         try:
           sizes = Index(database).sizes()
         finally:
           database.close()
+      except OtherSchemaError:
+        raise  # what another version wrote is not thrown away
+      except (errors.PoolError, ValueError):
+        pass  # damaged: the segments say it all
     for path in (self._path, *self._others()):
       path.unlink(missing_ok=True)
     return sizes

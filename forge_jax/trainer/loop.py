@@ -105,6 +105,7 @@ def train(
   publish: Callable[[types.WeightsVersion], None],
   evaluate: Callable[[int], None],
   record: Callable[[int, Mapping[str, Any]], None],
+  flush: Callable[[], None],
   retire: Callable[[int], None],
 ) -> None:
   """Trains until `steps` steps are taken or a stop is requested.
@@ -124,6 +125,8 @@ def train(
     publish: gives an engine the new weights; must copy them.
     evaluate: called after each step with the step number.
     record: called after each step with its number and metrics.
+    flush: called before each checkpoint: a restart from it does not take the
+      steps again whose records it has.
     retire: called when a checkpoint has been begun, with the step of the oldest
       of the newest ones: no restart needs what was consumed up to it.
   """
@@ -150,11 +153,13 @@ def train(
     queue.commit(trainer.step)
     record(trainer.step, metrics)
     if checkpointer.due(trainer.step):
+      flush()
       save(trainer, position, tasks, checkpointer, seed)
       saved = trainer.step
       if (oldest := checkpointer.oldest_step) is not None:
         retire(oldest)
   if saved != trainer.step:
+    flush()
     save(trainer, position, tasks, checkpointer, seed)
   checkpointer.wait()
 

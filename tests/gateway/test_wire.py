@@ -90,6 +90,10 @@ def test_a_prompt_is_written_once():
   ]
   added = [c["added_ids"] for c in wire.completions_to_json(turns)]
   assert added == [[*range(100)], [*range(105, 110)], [*range(115, 120)]]
+  again = wire.completions_from_json(wire.completions_to_json(turns))
+  assert all(
+    np.shares_memory(c.prompt_ids, again[-1].prompt_ids) for c in again
+  )
 
 
 def test_rewards():

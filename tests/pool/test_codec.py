@@ -141,6 +141,45 @@ def test_a_history_that_grows_shares_its_memory():
   assert np.shares_memory(first.prompt_ids, last.prompt_ids)
 
 
+def test_views_and_copies_make_the_same_bytes():
+  """Prompts that share memory are not compared token by token."""
+  group = sample_groups.make_group(0, turns=4)
+  (first, *others) = group.episodes
+  whole = np.arange(40, dtype=np.int32)
+  empty = np.empty(0, np.int32)
+
+  def made(copy):
+    return tuple(
+      dataclasses.replace(
+        completion,
+        prompt_ids=whole[: 10 * (n + 1)].copy()
+        if copy
+        else whole[: 10 * n + 10],
+        response_ids=empty,
+        logprobs=empty.astype(np.float32),
+        versions=empty,
+      )
+      for n, completion in enumerate(first.completions)
+    )
+
+  views, copies = (
+    dataclasses.replace(
+      group,
+      episodes=(dataclasses.replace(first, completions=made(copy)), *others),
+    )
+    for copy in (False, True)
+  )
+  assert codec.encode(views) == codec.encode(copies)
+  # The same memory read with another stride is another prompt.
+  odd = list(made(copy=False))
+  odd[1] = dataclasses.replace(odd[1], prompt_ids=whole[::2])
+  strided = dataclasses.replace(
+    group,
+    episodes=(dataclasses.replace(first, completions=tuple(odd)), *others),
+  )
+  sample_groups.assert_same(strided, codec.decode(codec.encode(strided)))
+
+
 def test_a_record_without_a_field_that_has_a_default_reads():
   group = sample_groups.make_group(episodes=1, turns=1)
   tensors = safetensors_numpy.load(codec.encode(group))

@@ -214,8 +214,13 @@ def test_other_formats_are_refused_by_name(tmp_path, monkeypatch):
   monkeypatch.setattr(index_lib, "SCHEMA_VERSION", 7)
   fill(tmp_path / "schema", 1)
   monkeypatch.undo()
-  with pytest.raises(errors.PoolError, match="schema version 7"):
-    store.DataPool.open(tmp_path / "schema")
+  for crashed in (False, True):
+    if crashed:
+      (tmp_path / "schema/index.clean").unlink(missing_ok=True)
+    # Not once, and then made again as one of ours.
+    for _ in range(2):
+      with pytest.raises(errors.PoolError, match="schema version 7"):
+        store.DataPool.open(tmp_path / "schema")
 
 
 def test_a_second_writer_is_refused_and_a_reader_is_not(tmp_path):

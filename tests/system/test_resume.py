@@ -10,6 +10,7 @@ import numpy as np
 import resume_run
 import small_run
 
+from forge_jax.observe import metrics as metrics_lib
 from forge_jax.pool import store
 
 KILLS = int(os.environ.get("FORGE_KILLS", "2"))  # docs/data_pool.md has 10's
@@ -45,6 +46,10 @@ def test_signals_change_neither_weights_nor_what_is_trained(model, tmp_path):
   assert small_run.sampled(tmp_path / "whole") == small_run.sampled(
     tmp_path / "parts"
   )
+  for run in ("whole", "parts"):  # a line of metrics a step, none lost or twice
+    events = metrics_lib.read_jsonl(tmp_path / run / "metrics.jsonl")
+    steps = [event.step for event in events if "train/loss" in event.values]
+    assert steps == list(range(1, STEPS + 1)), run
   for name, value in params.items():
     np.testing.assert_array_equal(parts[name], value, err_msg=name)
   untrained = small_run.untrained_params()

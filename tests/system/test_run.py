@@ -60,6 +60,8 @@ def test_a_synchronous_run_repeats_and_continues(values, tmp_path):
 
 def test_a_run_leaves_what_it_promises(values, tmp_path):
   values["rollout"]["max_lag"] = 1  # rollouts go on while the trainer steps
+  values["checkpoint"] |= {"every": 1, "keep": 1}
+  values["pool"] |= {"keep_steps": 0, "segment_bytes": 1}
   local.LocalRun(values | {"steps": 3}, tmp_path / "run").train()
   run = tmp_path / "run"
   summary = json.loads((run / "summary.json").read_text())
@@ -79,6 +81,12 @@ def test_a_run_leaves_what_it_promises(values, tmp_path):
   assert "heldout" in page and "again" in page
   assert list((run / "tensorboard").iterdir())
   assert json.loads((run / "config.json").read_text())["steps"] == 3
+  with store.DataPool.open(run / "pool", readonly=True) as pool:
+    first, _, last = pool.claims()
+    stored = set(pool.indices())
+  # What no restart asks for is gone, its segments emptied.
+  assert stored.isdisjoint(first.trained) and stored >= set(last.trained)
+  assert not (run / "pool/segment-00000000.log").stat().st_size
   mismatch = [
     e.values["mismatch/max"]
     for e in metrics_lib.read_jsonl(run / "metrics.jsonl")
