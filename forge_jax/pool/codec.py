@@ -25,6 +25,7 @@ import dataclasses
 import enum
 import functools
 import json
+import struct
 import types as python_types
 import typing
 from typing import Any
@@ -43,12 +44,16 @@ _DTYPES = {
   "logprobs": np.dtype(np.float32),
   "versions": np.dtype(np.int32),
 }
+_SAFETENSORS = {np.int32: "I32", np.float32: "F32", np.uint8: "U8"}
 _SCALARS = frozenset((str, int, float, bool, type(None)))
 _EPISODES, _TASK = frozenset(("episodes",)), frozenset(("task",))
 
 
-def encode(group: types.Group) -> bytes:
+def encode(group: types.Group) -> memoryview:
   """Returns the group's bytes.
+
+  They are laid out in place: a copy of a long episode takes longer than all
+  else that is done here.
 
   Raises:
     PoolError: an array has another dtype or length than `types.Completion`
@@ -78,17 +83,17 @@ def encode(group: types.Group) -> bytes:
       f"group {group.index} of task {group.task.id!r} does not fit into "
       f"JSON: {error}"
     ) from error
-  return safetensors_numpy.save(
+  return _lay_out(
     {
-      "tokens": tokens,
-      "logprobs": _concatenate([c.logprobs for c in completions], np.float32),
-      "versions": _concatenate([c.versions for c in completions], np.int32),
-      "record": np.frombuffer(text.encode(), np.uint8),
+      "tokens": (np.int32, tokens),
+      "logprobs": (np.float32, [c.logprobs for c in completions]),
+      "versions": (np.int32, [c.versions for c in completions]),
+      "record": (np.uint8, [np.frombuffer(text.encode(), np.uint8)]),
     }
   )
 
 
-def decode(data: bytes) -> types.Group:
+def decode(data: bytes | memoryview) -> types.Group:
   """Returns the group that `encode` wrote; arrays may share memory.
 
   Raises:
@@ -161,8 +166,36 @@ def _check_arrays(completion: types.Completion) -> None:
       )
 
 
-def _concatenate(arrays: Sequence[np.ndarray], dtype: Any) -> np.ndarray:
-  return np.concatenate([np.empty(0, dtype), *arrays])
+def _lay_out(
+  tensors: Mapping[str, tuple[type[np.generic], Sequence[np.ndarray]]],
+) -> memoryview:
+  """A safetensors file of tensors with one axis.
+
+  Source: the format's description, github.com/huggingface/safetensors: the
+  header's length as uint64, the header, and the tensors, end to end.
+
+  Args:
+    tensors: by name, the dtype and the pieces that it consists of.
+  """
+  header, end = {}, 0
+  for name, (dtype, pieces) in tensors.items():
+    count, start = sum(map(len, pieces)), end
+    end += count * np.dtype(dtype).itemsize
+    header[name] = {
+      "dtype": _SAFETENSORS[dtype],
+      "shape": [count],
+      "data_offsets": [start, end],
+    }
+  text = json.dumps(header, separators=(",", ":")).encode()
+  text += b" " * (-len(text) % 8)
+  place = 8 + len(text)
+  data = np.empty(place + end, np.uint8)
+  data[:place] = np.frombuffer(struct.pack("<Q", len(text)) + text, np.uint8)
+  for dtype, pieces in tensors.values():
+    for piece in pieces:
+      start, place = place, place + len(piece) * piece.itemsize
+      data[start:place].view(dtype)[:] = piece
+  return data.data
 
 
 def _parents(group: types.Group) -> list[int]:
@@ -178,8 +211,8 @@ def _parents(group: types.Group) -> list[int]:
 
 def _merge(
   completions: Sequence[types.Completion], parents: Sequence[int]
-) -> tuple[np.ndarray, dict[str, list[int]]]:
-  """Returns the forest's tokens, and what the record says of it."""
+) -> tuple[list[np.ndarray], dict[str, list[int]]]:
+  """Returns the forest's tokens in pieces, and what the record says of it."""
   within = [-1] * len(completions)
   for number, parent in enumerate(parents):
     # A history that grows is long and has many states: only its last is
@@ -190,19 +223,24 @@ def _merge(
       and _extends(completions[number], completions[parent])
     ):
       within[parent] = number
+  order = [number for number, child in enumerate(within) if child < 0]
+  forest = {"within": within, "order": order, "shared": [0]}
+  if len(order) == 1:
+    (leaf,) = (completions[number] for number in order)
+    return [leaf.prompt_ids, leaf.response_ids], forest
   leaves = {
-    number: np.concatenate([c.prompt_ids, c.response_ids])
-    for number, c in enumerate(completions)
-    if within[number] < 0
+    number: np.concatenate(
+      [completions[number].prompt_ids, completions[number].response_ids]
+    )
+    for number in order
   }
-  order = sorted(leaves, key=lambda number: leaves[number].tobytes())
+  order.sort(key=lambda number: leaves[number].tobytes())
   shared, added, before = [], [], np.empty(0, np.int32)
   for number in order:
     shared.append(_common(before, leaves[number]))
     added.append(leaves[number][shared[-1] :])
     before = leaves[number]
-  forest = {"within": within, "order": order, "shared": shared}
-  return _concatenate(added, np.int32), forest
+  return added, forest | {"shared": shared}
 
 
 def _extends(one: types.Completion, other: types.Completion) -> bool:

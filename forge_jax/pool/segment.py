@@ -44,7 +44,7 @@ class Record:
   kind: int
   key: int
   head: bytes
-  body: bytes = b""
+  body: bytes | memoryview = b""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -64,7 +64,9 @@ def test_an_episode_about_another_task_is_refused():
 
 
 def test_a_newer_codec_is_refused():
-  tensors = safetensors_numpy.load(codec.encode(sample_groups.make_group()))
+  tensors = safetensors_numpy.load(
+    bytes(codec.encode(sample_groups.make_group()))
+  )
   record = json.loads(tensors["record"].tobytes()) | {"codec": 4}
   text = json.dumps(record).encode()
   data = safetensors_numpy.save(
@@ -119,7 +121,7 @@ def test_a_shared_prefix_is_stored_once(seed):
   )
   data = codec.encode(group)
   sample_groups.assert_same(group, codec.decode(data))
-  tokens = safetensors_numpy.load(data)["tokens"]
+  tokens = safetensors_numpy.load(bytes(data))["tokens"]
   assert len(tokens) == distinct_tokens(made)
 
 
@@ -182,7 +184,7 @@ def test_views_and_copies_make_the_same_bytes():
 
 def test_a_record_without_a_field_that_has_a_default_reads():
   group = sample_groups.make_group(episodes=1, turns=1)
-  tensors = safetensors_numpy.load(codec.encode(group))
+  tensors = safetensors_numpy.load(bytes(codec.encode(group)))
   record = json.loads(tensors["record"].tobytes())
   del record["episodes"][0]["completions"][0]["started"]
   record["episodes"][0]["later"] = 1
