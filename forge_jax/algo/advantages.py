@@ -1,10 +1,10 @@
 """Advantages A_t = G_t - B: reward-to-go against a baseline of the group.
 
 Host-side, in NumPy; float64 arrays. S counts the steps (completions) of an
-episode, G the episodes of a group. The baseline is one number an episode,
-whatever the step and wherever the episode stopped: a baseline per turn would
-depend on the actions that led there.
+episode, G the episodes of a group.
 """
+
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -31,31 +31,51 @@ def reward_to_go(
   return returns_S
 
 
-def group_baseline(returns_G: np.ndarray, kind: str = "mean") -> np.ndarray:
-  """Baseline [G] of each episode.
+def group_baseline(
+  returns: Sequence[np.ndarray], kind: str = "mean"
+) -> list[np.ndarray]:
+  """Baseline [S] of each episode: at step t the group's returns from there on.
 
-  Equal returns have exactly that return as their mean.
+  An episode that ended before step t counts with the return of its last step.
+  So the baseline depends on the number t of a step, not on how the episode came
+  to it or when it stops, and where only the last steps are rewarded it is one
+  number. One number for all steps would be unbiased, too, and far noisier where
+  steps are rewarded (experiments/reward_to_go.py). Equal returns have exactly
+  that return as their mean.
 
   Args:
-    returns_G: each episode's return from its start.
+    returns: each episode's returns-to-go [S].
     kind: "mean" of the group; "leave_one_out", the mean of the other episodes;
       "none", 0: what succeeds is imitated, whatever the others did.
 
   Raises:
     ConfigError: leave-one-out of a single episode.
   """
-  count = len(returns_G)
   if kind == "none":
-    return np.zeros(count)
+    return [np.zeros(len(returns_S)) for returns_S in returns]
+  count, most = len(returns), max(map(len, returns))
+  returns_GS = np.stack(
+    [
+      returns_S[np.minimum(np.arange(most), len(returns_S) - 1)]
+      for returns_S in returns
+    ]
+  )
   # Averaging differences keeps rounding from making equal returns unequal.
-  excess_G = returns_G - returns_G[0]
+  excess_GS = returns_GS - returns_GS[0]
   if kind == "mean":
-    return np.full(count, returns_G[0] + excess_G.mean())
-  if count < 2:
+    baseline_GS = returns_GS[0] + np.broadcast_to(
+      excess_GS.mean(0), returns_GS.shape
+    )
+  elif count < 2:
     raise errors.ConfigError(
       f"a leave-one-out baseline needs at least 2 episodes, found {count}"
     )
-  return returns_G[0] + (excess_G.sum() - excess_G) / (count - 1)
+  else:
+    baseline_GS = returns_GS[0] + (excess_GS.sum(0) - excess_GS) / (count - 1)
+  return [
+    baseline_S[: len(returns_S)]
+    for baseline_S, returns_S in zip(baseline_GS, returns, strict=True)
+  ]
 
 
 def group_scale(returns_G: np.ndarray) -> float:

@@ -2,9 +2,10 @@
 
 Task number i is a pure function of (domains, weights, split, seed, i) and of the
 curriculum's state, so a run that continues needs nothing but its index and that
-state. Every window of tasks holds the domains in proportion to their weights at
-its start, what is left over by rounding being made up for in later windows;
-within a window the seed decides the order. A single domain keeps its own order.
+state. Every window of tasks, a step's worth, holds the domains in proportion to
+their weights at its start, what is left over by rounding being made up for in
+later windows; within a window the seed decides the order. A single domain keeps
+its own order.
 """
 
 from collections.abc import Mapping
@@ -19,7 +20,7 @@ from forge_jax import errors, types
 from forge_jax.tasks import base, curriculum
 
 _ENDLESS = 2**31  # tasks until the sequence repeats
-_WINDOW = 64  # tasks among which the order is shuffled
+_WINDOW = 64  # tasks of a window, where nobody says what a step is
 
 
 class TaskMixture:
@@ -42,7 +43,8 @@ class TaskMixture:
       split: the split to draw from; every domain must have it.
       seed: of the order of domains within a window.
       courses: how domains change over the run, of those that do.
-      tasks_per_step: tasks that a trainer step consumes, to tell steps by.
+      tasks_per_step: tasks that a trainer step consumes: a window, and what steps
+        are told by; 1: windows are of another size.
 
     Raises:
       ConfigError: a domain has no weight, a weight no domain, a weight is not
@@ -54,6 +56,7 @@ class TaskMixture:
     self._domains = dict(domains)
     self._weights = {name: weights[name] for name in sorted(domains)}
     self._seed = seed
+    self._window = tasks_per_step if tasks_per_step > 1 else _WINDOW
     self._split = split
     everything = {
       name: courses.get(name, curriculum.CourseConfig()) for name in domains
@@ -117,7 +120,7 @@ class TaskMixture:
 
   def _place(self, number: int) -> tuple[str, int]:
     """The domain of a task, and its place in the domain's sequence."""
-    window, place = divmod(number, _WINDOW)
+    window, place = divmod(number, self._window)
     while len(self._before) <= window + 1:
       self._add_window()
     before, after = self._before[window : window + 2]
@@ -129,7 +132,7 @@ class TaskMixture:
   def _add_window(self) -> None:
     """Gives out one more window."""
     before = self._before[-1]
-    number = (len(self._before) - 1) * _WINDOW
+    number = (len(self._before) - 1) * self._window
     weights = {
       name: self._curriculum.weight(name, number, constant)
       for name, constant in self._weights.items()
@@ -140,9 +143,9 @@ class TaskMixture:
         f"the curriculum's weights are all 0 at task {number}"
       )
     for name, weight in weights.items():
-      self._owed[name] += _WINDOW * weight / total
+      self._owed[name] += self._window * weight / total
     after = dict(before)
-    for _ in range(_WINDOW):  # each to whom most is owed
+    for _ in range(self._window):  # each to whom most is owed
       name = max(self._owed, key=self._owed.__getitem__)
       after[name] += 1
       self._owed[name] -= 1

@@ -7,8 +7,8 @@
    reward-to-go, with gamma_t = gamma from a step of the main agent on, and 1
    from one of a sub-agent: what sub-agents do lies within one step of the agent
    that asked for it.
-3. A_t = s_t (G_t - B) with B the baseline, by default the group's mean return,
-   for every response token of completion t; s_t = sub_agent_share for a
+3. A_t = s_t (G_t - B_t) with B_t the baseline, by default the group's mean
+   return from its t-th steps on, for every response token of completion t; s_t = sub_agent_share for a
    sub-agent's completion, else 1.
 4. Each token weighs one over the response tokens of all the groups given: into
    how many requests an episode's tokens are split changes nothing.
@@ -289,14 +289,14 @@ def _group_advantages(
     for score, sub_S in zip(scores, by_sub_agent, strict=True)
   ]
   start_G = np.array([returns_S[0] for returns_S in returns])
-  baseline_G = advantages.group_baseline(start_G, config.baseline)
+  baselines = advantages.group_baseline(returns, config.baseline)
   scale = advantages.group_scale(start_G) if config.divide_by_std else 1.0
   return [
-    (returns_S - baseline)
+    (returns_S - baseline_S)
     / scale
     * np.where(sub_S, config.sub_agent_share, 1.0)
-    for returns_S, baseline, sub_S in zip(
-      returns, baseline_G, by_sub_agent, strict=True
+    for returns_S, baseline_S, sub_S in zip(
+      returns, baselines, by_sub_agent, strict=True
     )
   ]
 

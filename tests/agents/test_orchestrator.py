@@ -258,9 +258,10 @@ async def test_the_credit_of_sub_agents_is_a_share_of_the_episodes():
     config = credit.CreditConfig(sub_agent_share=share, gamma=0.5)
     samples, stats = credit.assign_credit([group], config)
     got = {s.name: float(s.advantages[0]) for s in samples}
-    # Returns: 1/2 at the start, as two steps of the main agent; baseline 1/4.
-    expected = {"e/0": 0.25, "e/7": 0.75}
-    expected |= {f"e/{n}": share * 0.75 for n in range(1, 7) if share}
+    # Returns: 1/2 at the start, as two steps of the main agent, then 1; the
+    # baselines are half of that.
+    expected = {"e/0": 0.25, "e/7": 0.5}
+    expected |= {f"e/{n}": share * 0.5 for n in range(1, 7) if share}
     assert stats.response_tokens == sum(
       len(c.response_ids) for e in (won, lost) for c in e.completions
     )

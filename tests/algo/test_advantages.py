@@ -27,33 +27,56 @@ def test_reward_to_go_leaves_its_input_alone():
   assert rewards.tolist() == [1.0, 2.0]
 
 
-@given(st.lists(values, min_size=2, max_size=9))
+groups = st.lists(
+  st.lists(values, min_size=1, max_size=5).map(np.array),
+  min_size=2,
+  max_size=6,
+)
+
+
+def held(returns_S, step):
+  """The return from a step on; of an episode that has ended, its last one."""
+  return returns_S[min(step, len(returns_S) - 1)]
+
+
+@given(groups)
 def test_baselines(returns):
-  returns_G = np.array(returns)
-  mean_G = advantages.group_baseline(returns_G)
-  np.testing.assert_allclose(mean_G, returns_G.mean(), atol=1e-12)
-  others_G = advantages.group_baseline(returns_G, "leave_one_out")
-  want = [np.delete(returns_G, i).mean() for i in range(len(returns))]
-  np.testing.assert_allclose(others_G, want, atol=1e-12)
+  means = advantages.group_baseline(returns)
+  others = advantages.group_baseline(returns, "leave_one_out")
+  for i, own_S in enumerate(returns):
+    assert len(means[i]) == len(others[i]) == len(own_S)
+    for step in range(len(own_S)):
+      column = [held(returns_S, step) for returns_S in returns]
+      np.testing.assert_allclose(means[i][step], np.mean(column), atol=1e-9)
+      rest = np.delete(column, i).mean()
+      np.testing.assert_allclose(others[i][step], rest, atol=1e-9)
 
 
-@given(values, st.integers(1, 30))
-def test_equal_returns_give_exactly_no_advantage(value, count):
-  returns_G = np.full(count, value)
-  assert (returns_G - advantages.group_baseline(returns_G) == 0).all()
-  if count == 1:
-    with pytest.raises(errors.ConfigError, match=r"at least 2.*found 1"):
-      advantages.group_baseline(returns_G, "leave_one_out")
-    return
-  baseline_G = advantages.group_baseline(returns_G, "leave_one_out")
-  assert (returns_G - baseline_G == 0).all()
+@given(groups, st.lists(values, min_size=1, max_size=5).map(np.array))
+def test_what_an_episode_does_moves_no_baseline_of_its_own(returns, other_S):
+  before = advantages.group_baseline(returns, "leave_one_out")[0]
+  after = advantages.group_baseline([other_S, *returns[1:]], "leave_one_out")[0]
+  shared = min(len(before), len(after))
+  np.testing.assert_allclose(before[:shared], after[:shared], atol=1e-9)
+
+
+@given(values, st.lists(st.integers(1, 4), min_size=1, max_size=30))
+def test_equal_returns_give_exactly_no_advantage(value, sizes):
+  returns = [np.full(size, value) for size in sizes]
+  for kind in ("mean", "leave_one_out"):
+    if kind == "leave_one_out" and len(sizes) == 1:
+      with pytest.raises(errors.ConfigError, match=r"at least 2.*found 1"):
+        advantages.group_baseline(returns, kind)
+      continue
+    baselines = advantages.group_baseline(returns, kind)
+    for returns_S, baseline_S in zip(returns, baselines, strict=True):
+      assert (returns_S - baseline_S == 0).all()
 
 
 def test_without_a_baseline_returns_are_advantages():
-  assert advantages.group_baseline(np.array([1.0, 3.0]), "none").tolist() == [
-    0.0,
-    0.0,
-  ]
+  returns = [np.array([1.0, 3.0]), np.array([2.0])]
+  found = advantages.group_baseline(returns, "none")
+  assert [b.tolist() for b in found] == [[0.0, 0.0], [0.0]]
 
 
 def test_scale_is_the_std_unless_returns_are_equal():

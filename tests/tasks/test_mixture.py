@@ -102,6 +102,13 @@ def test_a_negative_index_is_refused():
     mixed({"a": 1.0}).task(-1)
 
 
+def test_every_step_is_mixed():
+  tasks = mixed({"a": 2.0, "b": 1.0, "c": 1.0}, tasks_per_step=8)
+  for step in range(20):
+    names = [tasks.task(8 * step + i).domain for i in range(8)]
+    assert collections.Counter(names) == {"a": 4, "b": 2, "c": 2}
+
+
 def test_uneven_weights_are_made_up_for():
   weights = {"a": 0.515, "b": 0.483, "c": 0.002}
   tasks = mixed(weights)
@@ -143,10 +150,10 @@ def test_shares_follow_their_schedule():
     numbers = range(64 * window, 64 * window + 64)
     return sum(tasks.task(i).domain == "b" for i in numbers) / 64
 
-  # A window begins at step 4 * window; the weight of b is 3% of that.
-  assert share(0) == 0
-  assert share(5) == pytest.approx(0.6 / 1.6, abs=0.02)
-  assert share(12) == pytest.approx(1.44 / 2.44, abs=0.02)
+  # These 64 are four steps from 4 * window on; b's weight is 3% of the step.
+  assert {tasks.task(i).domain for i in range(16)} == {"a"}
+  assert share(5) == pytest.approx(0.645 / 1.645, abs=0.02)
+  assert share(12) == pytest.approx(1.485 / 2.485, abs=0.02)
   assert share(25) == share(100) == 0.75
 
 

@@ -102,19 +102,20 @@ def test_rewards_land_on_their_step_and_count_from_there_on():
     ),
     _episode(1, [1], [(PROCESS, 0.25, None)]),
   )
-  # alpha = 2: rewards 1, -0.5, 1 and 0.5; returns 1.5, 0.5, 1 and 0.5.
+  # alpha = 2: rewards 1, -0.5, 1 and 0.5; returns 1.5, 0.5, 1 and 0.5, which
+  # e1 keeps when it has ended; baselines 1, 0.5, 0.75.
   assert _advantages([group], alpha=2.0) == pytest.approx(
-    {"e0/0": 0.5, "e0/1": -0.5, "e1/0": -0.5}
-  )  # the last completion of e0 equals the baseline: dropped
+    {"e0/0": 0.5, "e0/2": 0.25, "e1/0": -0.5}
+  )  # the second completion of e0 equals the baseline: dropped
   got = _advantages([group], alpha=0.0, gamma=0.5)
-  # Returns 0.25, 0.5, 1 and 0; baseline 0.125.
+  # Returns 0.25, 0.5, 1 and 0; baselines half of that.
   assert got == pytest.approx(
-    {"e0/0": 0.125, "e0/1": 0.375, "e0/2": 0.875, "e1/0": -0.125}
+    {"e0/0": 0.125, "e0/1": 0.25, "e0/2": 0.5, "e1/0": -0.125}
   )
 
 
 def test_the_baseline_does_not_depend_on_when_an_episode_stopped():
-  """One baseline for all steps: later turns of long episodes get no other."""
+  """Paid at the end: later turns of long episodes get no other baseline."""
   long = _episode(0, [1] * 4, [(PERF, 1.0, None)])
   short = [_episode(i, [1], [(PERF, 0.0, None)]) for i in (1, 2, 3)]
   got = _advantages([_group(long, *short)])
@@ -194,7 +195,7 @@ def test_components_are_capped_per_episode():
   )
   # Process 0.5 on the first, perf 2 on the last: returns 2.5, 2 and 0.
   assert _advantages([group], process_cap=0.5, perf_cap=2.0) == pytest.approx(
-    {"e0/0": 1.25, "e0/1": 0.75, "e1/0": -1.25}
+    {"e0/0": 1.25, "e0/1": 1.0, "e1/0": -1.25}
   )
 
 
