@@ -24,6 +24,7 @@ class Syntax:
 
   call: str  # with the tool's name and its arguments
   pair: str = ""  # with an argument's key and value; empty: a JSON object
+  text_pair: str = ""  # for a value that is a string, if it is otherwise
   opening: str = ""  # before the first call
   between: str = "\n"
   closing: str = ""  # after the last call
@@ -31,6 +32,7 @@ class Syntax:
   only_one: bool = False
   text: str = lark.TEXT  # content that is no call
   marks: tuple[str, ...] = ()  # which must be special tokens of the tokenizer
+  tags: tuple[str, ...] = ()  # which may be
 
   def calls(
     self,
@@ -38,6 +40,8 @@ class Syntax:
     tools: types.Messages,
     strict: Mapping[str, Mapping[str, Any]],
     once: bool,
+    *,
+    after_text: bool = False,
   ) -> str:
     """Adds the rules of one call or more.
 
@@ -47,6 +51,7 @@ class Syntax:
       strict: by name, schemas that must be followed to the letter; of the
         others' schemas what the engine does not know is overlooked.
       once: whether there may be no second call.
+      after_text: whether content may come first.
 
     Raises:
       Refusal: a tool cannot be called so.
@@ -57,7 +62,8 @@ class Syntax:
     calls = one
     if not (once or self.only_one):
       calls = f"{one} ({writer.spell(self.between)} {one})*"
-    pieces = (writer.spell(self.opening), calls, writer.spell(self.closing))
+    begin = writer.until if after_text else writer.spell
+    pieces = (begin(self.opening), calls, writer.spell(self.closing))
     return writer.rule(" ".join(piece for piece in pieces if piece))
 
   def _call(
@@ -106,7 +112,8 @@ class Syntax:
     shared = {k: v for k, v in schema.items() if k in ("$defs", "definitions")}
     pairs = []
     for key, value in properties.items():
-      before, _, after = self.pair.partition(_KEY)
+      pair = self.text_pair if self.text_pair and _is_text(value) else self.pair
+      before, _, after = pair.partition(_KEY)
       middle, _, tail = after.partition(_VALUE)
       close, end = _end(tail)
       body = " ".join(
@@ -137,10 +144,7 @@ def _value(
   lenient: bool,
 ) -> str:
   """A value and what closes it: a bare text if it is a string, else JSON."""
-  if not isinstance(schema, dict) or schema.get("type") not in (
-    "string",
-    ["string"],
-  ):
+  if not _is_text(schema):
     value = schema if isinstance(schema, dict) else {}
     said = writer.json({**value, **shared}, blame, lenient=lenient)
     return f"{said} {writer.spell(close)}"
@@ -158,6 +162,14 @@ def _value(
       param="tools",
     )
   return writer.until(close)
+
+
+def _is_text(schema: Any) -> bool:
+  """Whether a value is a string for sure."""
+  return isinstance(schema, dict) and schema.get("type") in (
+    "string",
+    ["string"],
+  )
 
 
 def _regex(pattern: str) -> str:
@@ -179,35 +191,87 @@ _QWEN_XML = Syntax(
   pair=f"<parameter={_KEY}>\n{_VALUE}\n</parameter>\n",
   marks=("<tool_call>", "</tool_call>"),
 )
-_GLM_MARKS = (
-  "<tool_call>",
-  "</tool_call>",
-  "<arg_key>",
-  "</arg_key>",
-  "<arg_value>",
-  "</arg_value>",
+_GLM_TAGS = ("<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>")
+_GLM_4 = Syntax(
+  f"<tool_call>{_NAMED}\n{_ARGUMENTS}</tool_call>",
+  pair=f"<arg_key>{_KEY}</arg_key>\n<arg_value>{_VALUE}</arg_value>\n",
+  marks=("<tool_call>", "</tool_call>"),
+  tags=_GLM_TAGS,
 )
 _GLM_5 = Syntax(
   f"<tool_call>{_NAMED}{_ARGUMENTS}</tool_call>",
   pair=f"<arg_key>{_KEY}</arg_key><arg_value>{_VALUE}</arg_value>",
   between="",
-  marks=_GLM_MARKS,
+  marks=("<tool_call>", "</tool_call>"),
+  tags=_GLM_TAGS,
+)
+_HY3 = ":opensource>"  # how its tags end
+_KIMI = Syntax(
+  f"<|tool_call_begin|>functions.{_NAMED}:0<|tool_call_argument_begin|>"
+  f"{_ARGUMENTS}<|tool_call_end|>",
+  opening="<|tool_calls_section_begin|>",
+  between="",
+  closing="<|tool_calls_section_end|>",
+  only_one=True,  # the calls of a reply are numbered
+  marks=(
+    "<|tool_calls_section_begin|>",
+    "<|tool_calls_section_end|>",
+    "<|tool_call_begin|>",
+    "<|tool_call_argument_begin|>",
+    "<|tool_call_end|>",
+  ),
+)
+_DEEPSEEK = Syntax(
+  f"<｜tool▁call▁begin｜>function<｜tool▁sep｜>{_NAMED}\n```json\n{_ARGUMENTS}"
+  "\n```<｜tool▁call▁end｜>",
+  opening="<｜tool▁calls▁begin｜>",
+  closing="<｜tool▁calls▁end｜>",
+  marks=(
+    "<｜tool▁calls▁begin｜>",
+    "<｜tool▁calls▁end｜>",
+    "<｜tool▁call▁begin｜>",
+    "<｜tool▁call▁end｜>",
+    "<｜tool▁sep｜>",
+  ),
+)
+_DSML_PAIR = (
+  f'<｜DSML｜parameter name="{_KEY}" string="%s">{_VALUE}</｜DSML｜parameter>\n'
 )
 # By the name of a renderer; that of the generic one by its parser of calls.
 _FAMILIES: Mapping[str, Syntax] = {
   "qwen3": _HERMES,
   "qwen3-vl": _HERMES,
   "default/qwen3": _HERMES,
+  "default/qwen3.5": _QWEN_XML,
   "prime-qwen3": _QWEN_XML,
   "qwen3.5": _QWEN_XML,
   "qwen3.6": _QWEN_XML,
-  "glm-4.5": Syntax(
-    f"<tool_call>{_NAMED}\n{_ARGUMENTS}</tool_call>",
-    pair=f"<arg_key>{_KEY}</arg_key>\n<arg_value>{_VALUE}</arg_value>\n",
-    marks=_GLM_MARKS,
-  ),
+  "qwen3.8": _QWEN_XML,
+  "nemotron-3": _QWEN_XML,
+  "nemotron-3-ultra": _QWEN_XML,
+  "nemotron-3.5": _QWEN_XML,
+  "glm-4.5": _GLM_4,
   "glm-5": _GLM_5,
   "glm-5.1": _GLM_5,
+  "glm-5.3": _GLM_5,
+  "laguna-m.1": _GLM_4,
+  "laguna-xs.2": _GLM_4,
+  "laguna-s-2.1": _GLM_5,
+  "laguna-xs-2.1": _GLM_5,
+  "hy3": Syntax(
+    f"<tool_call{_HY3}{_NAMED}<tool_sep{_HY3}\n{_ARGUMENTS}</tool_call{_HY3}",
+    pair=f"<arg_key{_HY3}{_KEY}</arg_key{_HY3}\n"
+    f"<arg_value{_HY3}{_VALUE}</arg_value{_HY3}\n",
+    opening=f"<tool_calls{_HY3}\n",
+    closing=f"\n</tool_calls{_HY3}",
+    marks=tuple(
+      f"<{tag}{_HY3}"
+      for tag in (
+        *("tool_calls", "/tool_calls", "tool_call", "/tool_call", "tool_sep"),
+        *("arg_key", "/arg_key", "arg_value", "/arg_value"),
+      )
+    ),
+  ),
   "minimax-m2": Syntax(
     f'<invoke name="{_NAMED}">\n{_ARGUMENTS}</invoke>\n',
     pair=f'<parameter name="{_KEY}">{_VALUE}</parameter>\n',
@@ -216,33 +280,18 @@ _FAMILIES: Mapping[str, Syntax] = {
     closing="</minimax:tool_call>",
     marks=("<minimax:tool_call>", "</minimax:tool_call>"),
   ),
-  "kimi-k2": Syntax(
-    f"<|tool_call_begin|>functions.{_NAMED}:0<|tool_call_argument_begin|>"
-    f"{_ARGUMENTS}<|tool_call_end|>",
-    opening="<|tool_calls_section_begin|>",
+  "kimi-k2": _KIMI,
+  "kimi-k2.5": _KIMI,
+  "deepseek-v3": _DEEPSEEK,
+  "deepseek-r1": _DEEPSEEK,
+  "deepseek-v4": Syntax(
+    f'<｜DSML｜invoke name="{_NAMED}">\n{_ARGUMENTS}</｜DSML｜invoke>\n',
+    pair=_DSML_PAIR % "false",
+    text_pair=_DSML_PAIR % "true",
+    opening="\n\n<｜DSML｜tool_calls>\n",
     between="",
-    closing="<|tool_calls_section_end|>",
-    only_one=True,  # the calls of a reply are numbered
-    marks=(
-      "<|tool_calls_section_begin|>",
-      "<|tool_calls_section_end|>",
-      "<|tool_call_begin|>",
-      "<|tool_call_argument_begin|>",
-      "<|tool_call_end|>",
-    ),
-  ),
-  "deepseek-v3": Syntax(
-    f"<｜tool▁call▁begin｜>function<｜tool▁sep｜>{_NAMED}\n```json\n{_ARGUMENTS}"
-    "\n```<｜tool▁call▁end｜>",
-    opening="<｜tool▁calls▁begin｜>",
-    closing="<｜tool▁calls▁end｜>",
-    marks=(
-      "<｜tool▁calls▁begin｜>",
-      "<｜tool▁calls▁end｜>",
-      "<｜tool▁call▁begin｜>",
-      "<｜tool▁call▁end｜>",
-      "<｜tool▁sep｜>",
-    ),
+    closing="</｜DSML｜tool_calls>",
+    marks=("｜DSML｜",),
   ),
   "llama-3": Syntax(
     f'{{"name": {_NAMED}, "parameters": {_ARGUMENTS}}}',
@@ -252,7 +301,7 @@ _FAMILIES: Mapping[str, Syntax] = {
   ),
 }
 # Families whose content is the reply's text, after the reasoning.
-_PLAIN = frozenset({"default", "qwen3.8", *(_FAMILIES.keys())})
+_PLAIN = frozenset({"default", *_FAMILIES})
 _CHANNEL = "<|channel|>"  # of formats whose content is one of several channels
 
 
@@ -269,7 +318,8 @@ def find(
   syntax = _FAMILIES.get(f"default/{parser}" if name == "default" else name)
   if syntax is None or not all(mark in special for mark in syntax.marks):
     return None
-  return syntax
+  tags = tuple(tag for tag in syntax.tags if tag in special)
+  return dataclasses.replace(syntax, marks=syntax.marks + tags)
 
 
 def plain_content(name: str, special: Container[str]) -> bool:

@@ -123,12 +123,15 @@ def grammar(
     for tool in tools
     if wanted.only is None or tool["function"]["name"] in wanted.only
   ]:
-    calls = syntax.calls(writer, callable, wanted.strict, wanted.once)
-    if wanted.must_call or wanted.schema is not None:
-      options.append(calls)
-    else:
-      before = f"{syntax.text}? " if syntax.marks else ""
-      options += [f"{syntax.text}?", before + calls]
+    free = not wanted.must_call and wanted.schema is None
+    if free:
+      options.append(f"{syntax.text}?")
+    after_text = free and bool(syntax.marks)
+    options.append(
+      syntax.calls(
+        writer, callable, wanted.strict, wanted.once, after_text=after_text
+      )
+    )
   reply = writer.rule(" | ".join(options))
   reasoning = _reasoning(writer, renderer, prompt_ids, marks[:1])
   return Grammar(

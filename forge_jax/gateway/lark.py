@@ -59,11 +59,17 @@ class Writer:
     return " ".join(piece for piece in (*pieces, quote(text[end:])) if piece)
 
   def until(self, end: str) -> str:
-    """Adds a rule of any text up to the first `end`, which comes with it."""
-    if end in self._special:
-      return f"{TEXT}? {self.spell(end)}"
-    pattern = re.escape(end).replace("/", r"\/").replace("\n", "n")
-    return self.rule(f"/(?s:.*){pattern}/", lazy=True)
+    """Adds a rule of any text up to the first `end`, which comes with it.
+
+    An `end` with a special token ends where that is; an empty one anywhere.
+    """
+    found = self._pattern.search(end)
+    before = end[: found.start()] if found else end
+    if not before:
+      return f"{TEXT}? {self.spell(end)}".rstrip()
+    pattern = re.escape(before).replace("/", r"\/").replace("\n", "n")
+    text = self.rule(f"/(?s:.*){pattern}/", lazy=found is None)
+    return f"{text} {self.spell(end[len(before) :])}".rstrip()
 
   def json(
     self,

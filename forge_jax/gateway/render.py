@@ -14,7 +14,6 @@ that was sampled, markup and all; its reasoning, if any, stays apart.
 
 from collections.abc import Mapping, Sequence
 import dataclasses
-import json
 from typing import Any
 
 import numpy as np
@@ -23,18 +22,24 @@ from renderers import reasoning as renderers_reasoning
 import transformers
 
 from forge_jax import errors, types
-from forge_jax.gateway import addition, call_syntax, families, refusal, template
+from forge_jax.gateway import (
+  addition,
+  call_syntax,
+  families,
+  parsed_calls,
+  refusal,
+  template,
+)
 
 # Families that write a tool call as plain text, with no opening token.
 _PLAIN_TEXT_CALLS = frozenset({"llama-3"})
+# The tokens around a reasoning: the first that the tokenizer has.
+_THINK = (
+  ("<think:opensource>", "</think:opensource>"),
+  ("<think>", "</think>"),
+)
 # Going on, `renderers` leaves out a line break that these templates write.
 _BREAKS_LEFT_OUT = frozenset({"laguna-m.1", "laguna-xs.2"})
-_BAD_CALLS = frozenset(
-  {
-    renderers.ToolCallParseStatus.UNCLOSED_BLOCK,
-    renderers.ToolCallParseStatus.MALFORMED_STRUCTURE,
-  }
-)
 
 
 Ids = Sequence[int] | np.ndarray  # token ids, int32
@@ -104,8 +109,8 @@ class Renderer:
     self._markup = frozenset(tokenizer.added_tokens_decoder) - self._stops
     vocabulary = tokenizer.get_added_vocab()
     self.vocabulary_size = len(tokenizer)
-    self.think_close_id = vocabulary.get("</think>")
-    self.think_open_id = vocabulary.get("<think>")
+    self._think = next((t for t in _THINK if t[0] in vocabulary), _THINK[-1])
+    self.think_open_id, self.think_close_id = map(vocabulary.get, self._think)
     # How it writes what a request may demand; see `constraint`.
     generic = self._template is not None
     parser = families.tool_parser(tokenizer) if generic else None
@@ -242,6 +247,10 @@ class Renderer:
       and not self.opens_reasoning(prompt_ids)
     ):
       return Reply(self.decode(ids))
+    last = self._last(prompt_ids)
+    if last is not None and last == self.think_open_id:
+      # All that tells; some parsers do not find it behind a tool's result.
+      prompt_ids = (self.think_open_id,)
     try:
       parsed = self._family.parse_response(
         ids, tools=list(tools) or None, prompt_ids=_listed(prompt_ids)
@@ -249,7 +258,7 @@ class Renderer:
     except (ValueError, TypeError, KeyError, RecursionError):
       # Some parsers fail on what a model in training may well sample.
       return Reply(self.decode(ids), malformed=bool(tools))
-    calls = [_well_formed(call) for call in parsed.tool_calls]
+    calls = [_tool_call(call, tools) for call in parsed.tool_calls]
     if calls and (not tools or None in calls):
       content = self.decode(ids)
       if self._reasons(prompt_ids, ids):
@@ -281,25 +290,32 @@ class Renderer:
     """Whether the prompt leaves the model inside its reasoning."""
     if self.think_open_id is None:
       return False
+    if self._last(prompt_ids) == self.think_open_id:
+      return True
     # What comes before the last stop token says nothing.
     stops = np.flatnonzero(np.isin(prompt_ids, self.stop_token_ids))
     tail = prompt_ids[stops[-1] + 1 if len(stops) else 0 :]
     return renderers_reasoning.prompt_ends_in_reasoning(
-      self._tokenizer, _listed(tail), stop_ids=self._stops
+      self._tokenizer,
+      _listed(tail),
+      open_marker=self._think[0],
+      close_marker=self._think[1],
+      stop_ids=self._stops,
     )
 
   def closes_reasoning(self, prompt_ids: Ids) -> bool:
     """Whether the prompt ends with a reasoning that is closed."""
-    for token in reversed(prompt_ids):
-      if token == self.think_close_id:
-        return True
-      if self.decode((token,)).strip():
-        break
-    return False
+    last = self._last(prompt_ids)
+    return last is not None and last == self.think_close_id
 
   def calls_are_plain_text(self, tools: types.Messages) -> bool:
     """Whether any text may turn out to be a tool call."""
     return bool(tools) and self.name in _PLAIN_TEXT_CALLS
+
+  def _last(self, ids: Ids) -> int | None:
+    """The last token that is no white space."""
+    tokens = (int(token) for token in reversed(ids))
+    return next((t for t in tokens if self.decode((t,)).strip()), None)
 
   def _reasons(self, prompt_ids: Ids, ids: Sequence[int]) -> bool:
     """Whether a response begins in its reasoning, even an empty one."""
@@ -374,20 +390,8 @@ def _listed(ids: Ids) -> list[int]:
   return ids.tolist() if isinstance(ids, np.ndarray) else list(ids)
 
 
-def _well_formed(call: renderers.ParsedToolCall) -> ToolCall | None:
-  """The call, if it has a name and an object of arguments."""
-  # Some parsers mark a call as invalid JSON when an argument is a bare string,
-  # which is what its format asks for: what counts is that there is an object.
-  if (
-    call.status in _BAD_CALLS
-    or not isinstance(call.name, str)
-    or not call.name
-    or not isinstance(call.arguments, dict)
-  ):
-    return None
-  arguments = json.dumps(call.arguments, ensure_ascii=False)
-  try:
-    (call.name + arguments).encode()
-  except UnicodeEncodeError:  # JSON can escape what is no text
-    return None
-  return ToolCall(call.name, arguments, call.id)
+def _tool_call(
+  call: renderers.ParsedToolCall, tools: types.Messages
+) -> ToolCall | None:
+  arguments = parsed_calls.arguments(call, tools)
+  return arguments and ToolCall(call.name, arguments, call.id)

@@ -84,9 +84,12 @@ def sampled(renderer, messages, said, tools):
   reasoning = said.get("reasoning_content")
   # An empty reasoning may be written in the last turn alone.
   texts = [last] if reasoning else [inner, last]
-  inside = prompt.rstrip().endswith("<think>")
-  if inside and reasoning and reasoning not in last:  # it is dropped at once
-    texts = [f"{prompt}{reasoning}</think>{said['content']}"]
+  before, think, rest = prompt.rpartition("<think>")
+  inside = think and not rest.strip()
+  if inside and reasoning and reasoning not in last:
+    # The template drops it at once.
+    body = last.removeprefix(before) if calls else said["content"]
+    texts = [f"{prompt}{reasoning}</think>{body}"]
   for text in texts:
     if text.startswith(prompt):
       text = text[len(prompt) :]

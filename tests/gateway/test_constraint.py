@@ -4,6 +4,7 @@ import copy
 import json
 import re
 
+import family_models
 from hypothesis import given, settings
 from hypothesis import strategies as st
 import jsonschema
@@ -17,73 +18,13 @@ from forge_jax.gateway import constraint, refusal, render
 
 MESSAGES = [{"role": "user", "content": "Go."}]
 SHORT = {"type": "string", "maxLength": 4}
-FAMILIES = {  # renderer -> its tokens beyond the tool tokenizer's
-  "default": (),
-  "qwen3": (),
-  "qwen3.5": (
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-  ),
-  "glm-5": (
-    "<arg_key>",
-    "</arg_key>",
-    "<arg_value>",
-    "</arg_value>",
-    "[gMASK]",
-    "<sop>",
-    "<|system|>",
-    "<|user|>",
-    "<|assistant|>",
-    "<|observation|>",
-    "<tool_response>",
-  ),
-  "minimax-m2": (
-    "<minimax:tool_call>",
-    "</minimax:tool_call>",
-    "]~!b[",
-    "]~b]",
-    "[e~[",
-  ),
-  "kimi-k2": (
-    "<|im_system|>",
-    "<|im_user|>",
-    "<|im_assistant|>",
-    "<|im_middle|>",
-    "<|tool_calls_section_begin|>",
-    "<|tool_calls_section_end|>",
-    "<|tool_call_begin|>",
-    "<|tool_call_argument_begin|>",
-    "<|tool_call_end|>",
-    "[EOS]",
-  ),
-  "deepseek-v3": (
-    "<｜begin▁of▁sentence｜>",
-    "<｜end▁of▁sentence｜>",
-    "<｜User｜>",
-    "<｜Assistant｜>",
-    "<｜tool▁calls▁begin｜>",
-    "<｜tool▁calls▁end｜>",
-    "<｜tool▁call▁begin｜>",
-    "<｜tool▁call▁end｜>",
-    "<｜tool▁sep｜>",
-    "<｜tool▁outputs▁begin｜>",
-    "<｜tool▁outputs▁end｜>",
-    "<｜tool▁output▁begin｜>",
-    "<｜tool▁output▁end｜>",
-  ),
-  "llama-3": (
-    "<|begin_of_text|>",
-    "<|start_header_id|>",
-    "<|end_header_id|>",
-    "<|eot_id|>",
-    "<|eom_id|>",
-    "<|end_of_text|>",
-    "<|python_tag|>",
-    "<|finetune_right_pad_id|>",
-  ),
-}
+# By a vocabulary of words; every other family by one of bytes.
+OF_WORDS = ("default", "qwen3", "qwen3.5")
+UNKNOWN = {"gemma4", "inkling"}
+FAMILIES = [
+  "default",
+  *(f for f in family_models.FAMILIES if f not in UNKNOWN),
+]
 
 
 def tool(name, properties, required=None, **more):
@@ -118,11 +59,7 @@ TOOLS = [
 class Model:
   """A family's renderer, and grammars over its vocabulary."""
 
-  def __init__(self, tokenizer, name, markers):
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.add_tokens(
-      [AddedToken(m, special=False, normalized=False) for m in markers]
-    )
+  def __init__(self, tokenizer, name):
     self.tokenizer = tokenizer
     self.renderer = render.Renderer(tokenizer, name)
     self.grammars = engine_grammar.Grammars(tokenizer, len(tokenizer) + 3)
@@ -144,7 +81,7 @@ class Model:
     rng = np.random.default_rng(seed)
     stops = set(self.renderer.stop_token_ids)
     # Free text ends soon, and the reasoning of a walk is short.
-    hurry = {*self.renderer.special.values(), *self.tokenizer.encode("{")}
+    hurry = {*self.renderer.special.values(), *self.tokenizer.encode("{\n<")}
     ids = []
     progress = self.grammars.start(text, tuple(stops))
     while len(ids) < most:
@@ -170,10 +107,23 @@ def models(tool_tokenizer, smollm2):
 
   def model(name):
     if name not in made:
-      # Llama 3 has no tokens for reasoning.
-      base = smollm2 if name == "llama-3" else tool_tokenizer
-      made[name] = Model(base, name, FAMILIES[name])
+      made[name] = Model(vocabulary(name), name)
     return made[name]
+
+  def vocabulary(name):
+    markers = ()
+    if name != "default":
+      markers = family_models.tokenizer_of(name).get_added_vocab()
+      markers = sorted(markers, key=markers.get)
+    if name == "llama-3":  # it has no tokens for reasoning
+      markers = [marker for marker in markers if "think" not in marker]
+    elif name not in OF_WORDS:
+      return family_models.tokenizer_of(name)
+    tokenizer = copy.deepcopy(smollm2 if name == "llama-3" else tool_tokenizer)
+    tokenizer.add_tokens(
+      [AddedToken(m, special=False, normalized=False) for m in markers]
+    )
+    return tokenizer
 
   return model
 
@@ -220,7 +170,28 @@ def test_calls_of_strict_tools_follow_their_schema(models, name):
     assert not reply.malformed, said
     for call in reply.tool_calls:
       check_call(call)
-  assert kinds == {True, False}  # the model may call, and need not
+  if name != "deepseek-v4":  # chance hardly finds how its calls begin
+    assert kinds == {True, False}  # the model may call, and need not
+
+
+def test_calls_that_begin_with_a_text(models):
+  model = models("deepseek-v4")
+  strict = {"stop": TOOLS[1]["function"]["parameters"]}
+  wanted = constraint.Constraint(strict=strict)
+  prompt = model.prompt(TOOLS)
+  made = constraint.grammar(wanted, model.renderer, prompt, TOOLS)
+  call = (
+    '\n\n<｜DSML｜tool_calls>\n<｜DSML｜invoke name="stop">\n'
+    "</｜DSML｜invoke>\n</｜DSML｜tool_calls>"
+  )
+  for text in ("", "Hi.", "<b>Hi</b>\n\n"):
+    ids = model.tokenizer.encode(text + call, add_special_tokens=False)
+    assert model.grammars.follows(made.text, ids, True)
+    stop = model.renderer.stop_token_ids[0]
+    reply = model.renderer.parse(prompt, [*ids, stop], TOOLS)
+    assert (reply.content, len(reply.tool_calls)) == (text.strip(), 1)
+  wrong = model.tokenizer.encode("Hi." + call[2:], add_special_tokens=False)
+  assert not model.grammars.follows(made.text, wrong, True)
 
 
 @pytest.mark.parametrize("name", FAMILIES)

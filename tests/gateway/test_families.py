@@ -5,6 +5,7 @@ family's rendering of the whole conversation, from scratch.
 """
 
 import json
+import pathlib
 
 from family_models import FAMILIES, renderer_of, sampled, whole
 from hypothesis import Phase, given, settings
@@ -14,8 +15,7 @@ import pytest
 from forge_jax import types
 from forge_jax.gateway import call_ids, families, sessions
 
-# After the results of calls, DeepSeek-R1's parser takes reasoning for content.
-MOST_CALLS = {"llama-3": 1, "deepseek-r1": 0}
+MOST_CALLS = {"llama-3": 1}
 # Its template keeps only the reasoning beside calls.
 PARTLY = {"gemma4"}
 WRITES_IDS = {"kimi-k2", "kimi-k2.5"}
@@ -202,3 +202,38 @@ def test_reasoning_that_is_kept_keeps_the_chain(family, said):
     # What follows the reply is what the template writes after it.
     _, _, after = episode.whole().rpartition(episode.mark)
     assert episode.said_after + seen[len(before) :] == after
+
+
+def what_works(family):
+  """A row of the table in docs/gateway.md."""
+
+  def goes_on(step, reasons, keep=False):
+    episode = Episode(renderer_of(family, reasons, keep), [CALCULATE])
+    [(plan, *_)] = play(episode, [step], reasons=None)
+    return plan.parent is not None, "reasoning_content" in episode.sent[2]
+
+  calls = min(2, MOST_CALLS.get(family, 2))
+  looped, _ = goes_on((calls, True, False, ""), True)
+  plain, _ = goes_on((0, False, True, ""), False)
+  asked, reasons = goes_on((0, True, True, ""), True)
+  kept, _ = goes_on((0, True, True, ""), True, True)
+  constrained = renderer_of(family).call_syntax is not None
+  kinds = {True: "chain", False: "root"}
+  return (
+    f"`{family}`",
+    "yes" if reasons else "-",
+    str(calls) if calls == 1 else "yes",
+    "yes" if constrained else "-",
+    kinds[looped],
+    kinds[asked if reasons else plain],
+    kinds[kept],
+  )
+
+
+def test_the_table_of_families_is_true():
+  rows = ["| " + " | ".join(what_works(family)) + " |" for family in FAMILIES]
+  root = pathlib.Path(__file__).parents[2]
+  text = (root / "docs" / "gateway.md").read_text()
+  _, _, table = text.partition("| family |")
+  told = [line for line in table.split("\n")[2:] if line.startswith("| `")]
+  assert told == rows, "docs/gateway.md: write\n" + "\n".join(rows)
