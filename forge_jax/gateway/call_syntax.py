@@ -302,7 +302,7 @@ _FAMILIES: Mapping[str, Syntax] = {
 }
 # Families whose content is the reply's text, after the reasoning.
 _PLAIN = frozenset({"default", *_FAMILIES})
-_CHANNEL = "<|channel|>"  # of formats whose content is one of several channels
+CHANNEL = "<|channel|>"  # of formats whose content is one of several channels
 
 
 def find(
@@ -324,4 +324,4 @@ def find(
 
 def plain_content(name: str, special: Container[str]) -> bool:
   """Whether a reply's text, after the reasoning, is its content."""
-  return name in _PLAIN and _CHANNEL not in special
+  return name in _PLAIN and CHANNEL not in special

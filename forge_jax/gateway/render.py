@@ -117,6 +117,7 @@ class Renderer:
     self.call_syntax = call_syntax.find(self.name, parser, vocabulary)
     self.content_is_plain = call_syntax.plain_content(self.name, vocabulary)
     self.special = vocabulary
+    self._in_channels = call_syntax.CHANNEL in vocabulary
 
   def with_effort(self, effort: str | None) -> "Renderer":
     """The renderer for a request that asks for an effort of reasoning.
@@ -253,7 +254,9 @@ class Renderer:
       prompt_ids = (self.think_open_id,)
     try:
       parsed = self._family.parse_response(
-        ids, tools=list(tools) or None, prompt_ids=_listed(prompt_ids)
+        list(response_ids[: len(ids) + 1]),  # in gpt-oss its stop ends a call
+        tools=list(tools) or None,
+        prompt_ids=_listed(prompt_ids),
       )
     except (ValueError, TypeError, KeyError, RecursionError):
       # Some parsers fail on what a model in training may well sample.
@@ -284,7 +287,7 @@ class Renderer:
 
   def is_plain(self, ids: Sequence[int]) -> bool:
     """Whether the ids hold no markup token: the text is the content."""
-    return self._markup.isdisjoint(ids)
+    return not self._in_channels and self._markup.isdisjoint(ids)
 
   def opens_reasoning(self, prompt_ids: Ids) -> bool:
     """Whether the prompt leaves the model inside its reasoning."""

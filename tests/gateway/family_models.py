@@ -1,20 +1,40 @@
 """What a model of each family of `renderers` would sample, without the model.
 
 No model's own tokenizer is here: each family gets the byte tokenizer with its
-special tokens added, which is all that its renderer asks for.
+special tokens added, which is all that its renderer asks for. That of gpt-oss
+reads and writes by OpenAI's own vocabulary, which js-tiktoken brings, where
+.agents is.
 """
 
+import base64
 import functools
+import os
+import pathlib
 import re
+import tempfile
 
 from renderers import base
-from tokenizers import AddedToken
+from tokenizers import (
+  AddedToken,
+  Tokenizer,
+  decoders,
+  models,
+  pre_tokenizers,
+)
+import transformers
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from forge_jax import errors
 from forge_jax.gateway import render, scripted, template
 
-# gpt-oss reads a vocabulary that is not here.
-FAMILIES = sorted({*base.MODEL_RENDERER_MAP.values()} - {"gpt-oss"})
+_RANKS = (
+  pathlib.Path(__file__).parents[2]
+  / ".agents/node_modules/js-tiktoken/dist/ranks/o200k_base.js"
+)
+FAMILIES = sorted(
+  {*base.MODEL_RENDERER_MAP.values()}
+  - (set() if _RANKS.exists() else {"gpt-oss"})
+)
 VARIABLES = {  # that make a family reason
   "deepseek-v4": {"enable_thinking": True},
   "gemma4": {"enable_thinking": True},
@@ -33,6 +53,8 @@ _MOST_TOKENS = 80
 @functools.cache
 def tokenizer_of(family):
   """The byte tokenizer with every token that the family's renderer needs."""
+  if family == "gpt-oss":
+    return _harmony_tokenizer()
   tokenizer = scripted.byte_tokenizer()
   for _ in range(_MOST_TOKENS):
     try:
@@ -45,6 +67,53 @@ def tokenizer_of(family):
     else:
       return tokenizer
   raise AssertionError(f"{family} misses ever more tokens")
+
+
+_HARMONY = {  # ids of its special tokens
+  "<|startoftext|>": 199998,
+  "<|endoftext|>": 199999,
+  "<|return|>": 200002,
+  "<|constrain|>": 200003,
+  "<|channel|>": 200005,
+  "<|start|>": 200006,
+  "<|end|>": 200007,
+  "<|message|>": 200008,
+  "<|call|>": 200012,
+}
+_ANALYSIS = "<|channel|>analysis<|message|>"
+_FINAL = "<|end|><|start|>assistant<|channel|>final<|message|>"
+_FOLDER = tempfile.TemporaryDirectory()  # of a vocabulary, till the end
+
+
+def _harmony_tokenizer():
+  """Decodes gpt-oss's ids; encodes by bytes, which its vocabulary has, too."""
+  [ranks] = re.findall(r'"bpe_ranks":"! 0 ([^"]+)"', _RANKS.read_text())
+  tokens = ranks.split(" ")
+  path = pathlib.Path(_FOLDER.name) / "o200k_base.tiktoken"
+  path.write_text("".join(f"{t} {n}\n" for n, t in enumerate(tokens)))
+  os.environ["TIKTOKEN_ENCODINGS_BASE"] = _FOLDER.name
+  letters = bytes_to_unicode()
+  vocabulary = {
+    "".join(letters[byte] for byte in base64.b64decode(token)): n
+    for n, token in enumerate(tokens)
+  }
+  for n in range(len(tokens), max(_HARMONY.values()) + 1):
+    vocabulary[f"<|reserved_{n}|>"] = n
+  for marker, n in _HARMONY.items():
+    del vocabulary[f"<|reserved_{n}|>"]
+    vocabulary[marker] = n
+  backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+  backend.pre_tokenizer = pre_tokenizers.ByteLevel(
+    add_prefix_space=False, use_regex=False
+  )
+  backend.decoder = decoders.ByteLevel()
+  tokenizer = transformers.PreTrainedTokenizerFast(
+    tokenizer_object=backend, eos_token="<|return|>", chat_template="-"
+  )
+  tokenizer.add_tokens(
+    [AddedToken(m, special=True, normalized=False) for m in _HARMONY]
+  )
+  return tokenizer
 
 
 @functools.cache
@@ -90,6 +159,9 @@ def sampled(renderer, messages, said, tools):
     # The template drops it at once.
     body = last.removeprefix(before) if calls else said["content"]
     texts = [f"{prompt}{reasoning}</think>{body}"]
+  if prompt.endswith(_ANALYSIS) and not calls:  # and so does gpt-oss's
+    final = f"{_FINAL}{said['content']}<|return|>"
+    texts = [f"{prompt}{reasoning or ''}{final}"]
   for text in texts:
     if text.startswith(prompt):
       text = text[len(prompt) :]

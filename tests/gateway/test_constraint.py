@@ -20,7 +20,7 @@ MESSAGES = [{"role": "user", "content": "Go."}]
 SHORT = {"type": "string", "maxLength": 4}
 # By a vocabulary of words; every other family by one of bytes.
 OF_WORDS = ("default", "qwen3", "qwen3.5")
-UNKNOWN = {"gemma4", "inkling"}
+UNKNOWN = {"gemma4", "gpt-oss", "inkling"}
 FAMILIES = [
   "default",
   *(f for f in family_models.FAMILIES if f not in UNKNOWN),

@@ -15,7 +15,7 @@ import pytest
 from forge_jax import types
 from forge_jax.gateway import call_ids, families, sessions
 
-MOST_CALLS = {"llama-3": 1}
+MOST_CALLS = {"llama-3": 1, "gpt-oss": 1}
 # Its template keeps only the reasoning beside calls.
 PARTLY = {"gemma4"}
 WRITES_IDS = {"kimi-k2", "kimi-k2.5"}
@@ -92,7 +92,7 @@ class Episode:
     )
     self.messages.append(message)
     self.sent.append(sent)
-    _, _, self.said_after = self.renderer.decode(ids).rpartition(self.mark)
+    _, _, self.said_after = self.text(ids).rpartition(self.mark)
 
   def answer(self, user, words):
     """The results of the last calls, if any, and what the user says."""
@@ -108,6 +108,13 @@ class Episode:
     if user or not native:
       for messages in (self.messages, self.sent):
         messages.append({"role": "user", "content": f"u{words}"})
+
+  def text(self, ids):
+    """The text of ids, with the one end of a turn that gpt-oss's past has."""
+    text = self.renderer.decode(ids)
+    if self.renderer.name == "gpt-oss":
+      text = text.replace("<|return|>", "<|end|>")
+    return text
 
   def whole(self):
     return whole(self.renderer, self.messages, self.tools)
@@ -162,15 +169,15 @@ def play(episode, said, *, reasons):
     The plan of each request but the first, the text that the model saw and said
     before it, and the text that it sees.
   """
-  decode, before = episode.renderer.decode, None
+  before = None
   for calls, hm, user, words in [*said, (0, False, False, "")]:
     plan = episode.begin()
-    seen = decode(plan.prompt_ids)
+    seen = episode.text(plan.prompt_ids)
     if before is not None:
       yield plan, before, seen
     episode.reply(plan, calls, hm if reasons is None else reasons, words)
     node = episode.session.completions()[-1]
-    before = seen + decode(node.response_ids)
+    before = seen + episode.text(node.response_ids)
     episode.answer(user, words)
 
 
