@@ -14,6 +14,7 @@ from typing import Any
 from forge_jax import types
 from forge_jax.gateway import lark, refusal
 
+LARK = "x-lark"  # keyword of a text's schema: its grammar
 _NAME = re.compile(r"[\w.-]+")  # what can stand in a call unquoted
 _NAMED, _ARGUMENTS, _KEY, _VALUE = "\0name", "\0arguments", "\0key", "\0value"
 
@@ -47,7 +48,7 @@ class Syntax:
 
     Args:
       writer: of the grammar.
-      tools: that may be called.
+      tools: that may be called; a text's schema may hold a grammar, `LARK`.
       strict: by name, schemas that must be followed to the letter; of the
         others' schemas what the engine does not know is overlooked.
       once: whether there may be no second call.
@@ -148,6 +149,8 @@ def _value(
     value = schema if isinstance(schema, dict) else {}
     said = writer.json({**value, **shared}, blame, lenient=lenient)
     return f"{said} {writer.spell(close)}"
+  if isinstance(schema.get(LARK), str):
+    return f"{writer.lark(schema[LARK], blame)} {writer.spell(close)}"
   texts = [schema["const"]] if "const" in schema else schema.get("enum")
   if isinstance(texts, list) and all(isinstance(t, str) for t in texts):
     options = writer.rule(" | ".join(map(lark.quote, texts)) or '""')

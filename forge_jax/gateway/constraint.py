@@ -17,9 +17,9 @@ import re
 from typing import Any
 
 from forge_jax import errors, types
-from forge_jax.gateway import lark, refusal, render
+from forge_jax.gateway import call_syntax, lark, refusal, render
 
-_PLACE = re.compile(r"^at (\d+)\(\d+\): ")  # of an error in a grammar
+_PLACE = re.compile(r"^(?:at )?(\d+)\(\d+\): ")  # of an error in a grammar
 _EXCERPT = re.compile(r"\n +\d+ \| ")  # of the grammar, after the error
 
 
@@ -33,6 +33,10 @@ class Constraint:
   only: frozenset[str] | None = None  # the tools that may be called; None: all
   # Tool -> JSON schema that its arguments follow to the letter.
   strict: Mapping[str, Mapping[str, Any]] = dataclasses.field(
+    default_factory=dict
+  )
+  # Tool -> argument -> grammar in Lark, for families that write texts bare.
+  lark: Mapping[str, Mapping[str, str]] = dataclasses.field(
     default_factory=dict
   )
   once: bool = False  # at most one call, if anything else is demanded
@@ -109,9 +113,12 @@ def grammar(
     prompt_ids: of the request: they tell whether the reply begins in reasoning.
     tools: that may be called.
   """
-  if not wanted.of_calls and wanted.schema is None:
-    return None
   syntax = renderer.call_syntax
+  bare = syntax is not None and bool(syntax.pair)
+  if not (
+    wanted.of_calls or wanted.schema is not None or (wanted.lark and bare)
+  ):
+    return None
   marks = syntax.marks if syntax is not None and tools else ()
   writer = lark.Writer({mark: renderer.special[mark] for mark in marks})
   options = []
@@ -119,7 +126,7 @@ def grammar(
     blame = (wanted.schema_param, "the schema")
     options.append(writer.json(wanted.schema, blame))
   if callable := [
-    tool
+    _with_grammars(tool, wanted.lark) if bare else tool
     for tool in tools
     if wanted.only is None or tool["function"]["name"] in wanted.only
   ]:
@@ -129,7 +136,11 @@ def grammar(
     after_text = free and bool(syntax.marks)
     options.append(
       syntax.calls(
-        writer, callable, wanted.strict, wanted.once, after_text=after_text
+        writer,
+        callable,
+        wanted.strict,
+        wanted.once,
+        after_text=after_text,
       )
     )
   reply = writer.rule(" | ".join(options))
@@ -137,6 +148,21 @@ def grammar(
   return Grammar(
     writer.text(f"{reasoning} {reply}"), writer.blame, _param(wanted)
   )
+
+
+def _with_grammars(
+  tool: types.Message, lark: Mapping[str, Mapping[str, str]]
+) -> types.Message:
+  """A tool whose parameters hold the grammars of its arguments."""
+  function = tool["function"]
+  if function["name"] not in lark:
+    return tool
+  properties = {
+    argument: {"type": "string", call_syntax.LARK: text}
+    for argument, text in lark[function["name"]].items()
+  }
+  parameters = {**function["parameters"], "properties": properties}
+  return {**tool, "function": {**function, "parameters": parameters}}
 
 
 def _reasoning(

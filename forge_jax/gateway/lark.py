@@ -44,9 +44,10 @@ class Writer:
       blame: the client's parameter and what of it the rule holds.
     """
     name = f"rule_{len(self._lines)}"
-    self._lines.append(f"{name}{'[lazy]' if lazy else ''}: {body}")
-    if blame is not None:
-      self.blame[len(self._lines)] = blame
+    for line in f"{name}{'[lazy]' if lazy else ''}: {body}".split("\n"):
+      self._lines.append(line)
+      if blame is not None:
+        self.blame[len(self._lines)] = blame
     return name
 
   def spell(self, text: str) -> str:
@@ -96,6 +97,10 @@ class Writer:
         f"{blame[0]}: {blame[1]} cannot be read: {error}", param=blame[0]
       ) from error
     return self.rule(f"%json {text}", blame=blame)
+
+  def lark(self, grammar: str, blame: tuple[str, str]) -> str:
+    """Adds a rule of a text that follows a grammar of its own, in Lark."""
+    return self.rule(f"%lark {{\n{grammar}\n}}", blame=blame)
 
   def text(self, start: str) -> str:
     """The whole grammar, whose replies are those of `start`."""

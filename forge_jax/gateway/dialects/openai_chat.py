@@ -6,16 +6,24 @@ read, `openai_chat_input` tells.
 
 from collections.abc import Mapping, Sequence
 import dataclasses
+import json
 import time
 from typing import Any
 
 from openai.types import chat
 
 from forge_jax import types
-from forge_jax.gateway import constraint, generation, render, sessions
+from forge_jax.gateway import (
+  constraint,
+  generation,
+  render,
+  sessions,
+  stored,
+)
 from forge_jax.gateway.dialects import (
   fields,
   openai_chat_input,
+  openai_chat_tools,
   openai_demands,
   openai_errors,
   openai_fields,
@@ -79,6 +87,8 @@ class ChatRequest:
   include_usage: bool = False
   logprobs: bool = False
   return_token_ids: bool = False
+  tools: openai_chat_tools.Tools = openai_chat_tools.NONE
+  ledger: stored.Stored | None = None  # of what calls do not hold
 
   def reply(
     self, choices: Sequence[generation.Generation], renderer: render.Renderer
@@ -106,13 +116,21 @@ class ChatRequest:
     """The writer of a streamed completion."""
     return ChatStream(self, choices, renderer)
 
+  def message(self, generated: generation.Generation) -> dict[str, Any]:
+    """A reply as the client is sent it."""
+    message = generated.message()
+    if calls := message.get("tool_calls"):
+      sent = [self.tools.call(call, self.ledger) for call in calls]
+      message["tool_calls"] = sent
+    return message
+
   def _choice(
     self, number: int, generated: generation.Generation, renderer
   ) -> dict[str, Any]:
     choice: dict[str, Any] = {
       "index": number,
       "finish_reason": _finish_reason(generated),
-      "message": {"refusal": None, **generated.message()},
+      "message": {"refusal": None, **self.message(generated)},
       "logprobs": None,
     }
     if self.logprobs:
@@ -129,7 +147,6 @@ def parse(body: Any, session: sessions.Session | None = None) -> ChatRequest:
     Refusal: something is missing, malformed or not supported; it names the
       parameter.
   """
-  del session  # a request of this protocol holds its whole conversation
   body = openai_fields.checked(body, _KNOWN, _NEUTRAL)
   options = openai_fields.stream_options(body, "include_usage")
   limits = ("max_completion_tokens", "max_tokens")
@@ -139,10 +156,14 @@ def parse(body: Any, session: sessions.Session | None = None) -> ChatRequest:
   count = fields.number(body, "n", int, 1, openai_fields.MOST_CHOICES) or 1
   seed = fields.number(body, "seed", int, 0, 2**63 - 1)
   chosen = openai_demands.choice(body, nested=True)
-  tools = _tools(body) if chosen.shown else ()
+  tools = (
+    openai_chat_tools.read(body) if chosen.shown else openai_chat_tools.NONE
+  )
+  ledger = session.stored if session else stored.Stored(lambda record: None)
+  said = fields.field(body, "messages", list)
   turn = generation.Turn(
-    messages=openai_chat_input.messages(fields.field(body, "messages", list)),
-    tools=tools,
+    messages=openai_chat_input.messages(said, ledger),
+    tools=tools.functions,
     constraint=_constraint(body, chosen, tools),
     max_tokens=min(max_tokens, default=None),
     temperature=fields.number(body, "temperature", float, 0, 2),
@@ -167,6 +188,8 @@ def parse(body: Any, session: sessions.Session | None = None) -> ChatRequest:
     include_usage=options["include_usage"],
     logprobs=fields.field(body, "logprobs", bool, False),
     return_token_ids=fields.field(body, "return_token_ids", bool, False),
+    tools=tools,
+    ledger=ledger,
   )
 
 
@@ -205,7 +228,7 @@ class ChatStream:
     """The events that finish the stream."""
     events = []
     for n, generated in enumerate(self._choices):
-      calls = generated.message().get("tool_calls", ())
+      calls = self._request.message(generated).get("tool_calls", ())
       events += [
         self._event(n, {"tool_calls": [{"index": i, **call}]}, None, {})
         for i, call in enumerate(calls)
@@ -249,8 +272,18 @@ class ChatStream:
       "model": self._request.model,
       **fields,
     }
-    chunk = chat.ChatCompletionChunk.model_validate(value)
-    return f"data: {chunk.model_dump_json(exclude_unset=True)}\n\n"
+    return f"data: {_checked(value)}\n\n"
+
+
+def _checked(chunk: dict[str, Any]) -> str:
+  """A chunk as JSON; of calls the client's types know functions alone."""
+  for choice in chunk["choices"]:
+    if any(
+      c["type"] == "custom" for c in choice["delta"].get("tool_calls", ())
+    ):
+      return json.dumps(chunk, ensure_ascii=False, separators=(",", ":"))
+  checked = chat.ChatCompletionChunk.model_validate(chunk)
+  return checked.model_dump_json(exclude_unset=True)
 
 
 def _finish_reason(generated: generation.Generation) -> str:
@@ -279,33 +312,17 @@ def _logprobs(
   return {"content": content, "refusal": None}
 
 
-def _tools(body: dict[str, Any]) -> tuple[dict[str, Any], ...]:
-  tools = fields.field(body, "tools", list, [])
-  for n, tool in enumerate(tools):
-    where = f"tools[{n}]"
-    if not isinstance(tool, dict) or tool.get("type") != "function":
-      raise fields.bad(where, "only tools of type 'function' are supported")
-    function = fields.field(tool, "function", dict, where=where)
-    where += ".function"
-    fields.field(function, "name", str, where=where)
-    fields.field(function, "parameters", dict, {}, where=where)
-    fields.field(function, "strict", bool, False, where=where)
-  return tuple(tools)
-
-
 def _constraint(
   body: dict[str, Any],
   chosen: openai_demands.Choice,
-  tools: Sequence[dict[str, Any]],
+  tools: openai_chat_tools.Tools,
 ) -> constraint.Constraint:
   format, param = body.get("response_format"), "response_format"
-  functions = [tool["function"] for tool in tools]
   return openai_demands.demands(
     chosen,
     openai_demands.schema(format, param, nested=True),
     param,
     parallel=fields.field(body, "parallel_tool_calls", bool, True),
-    strict={
-      f["name"]: f.get("parameters") or {} for f in functions if f.get("strict")
-    },
+    strict=tools.strict,
+    lark=tools.lark,
   )

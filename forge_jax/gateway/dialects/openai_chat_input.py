@@ -7,25 +7,30 @@ that servers and clients have for it.
 
 from typing import Any
 
-from forge_jax.gateway.dialects import fields
+from forge_jax.gateway import stored
+from forge_jax.gateway.dialects import fields, openai_custom
 
 # What servers and clients call the reasoning of a turn.
 _REASONING = ("reasoning_content", "reasoning", "reasoning_text", "thinking")
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
-def messages(values: list[Any]) -> list[dict[str, Any]]:
+def messages(values: list[Any], ledger: stored.Stored) -> list[dict[str, Any]]:
   """The messages that a request holds.
+
+  Args:
+    values: as they were sent.
+    ledger: knows what calls of custom tools were when they do not say it.
 
   Raises:
     Refusal: there is none, or one is malformed; it names the place.
   """
   if not values:
     raise fields.bad("messages", "at least one message is required")
-  return [_message(v, f"messages[{n}]") for n, v in enumerate(values)]
+  return [_message(v, f"messages[{n}]", ledger) for n, v in enumerate(values)]
 
 
-def _message(value: Any, where: str) -> dict[str, Any]:
+def _message(value: Any, where: str, ledger: stored.Stored) -> dict[str, Any]:
   if not isinstance(value, dict):
     raise fields.bad(where, "a message is an object")
   role = value.get("role")
@@ -45,7 +50,7 @@ def _message(value: Any, where: str) -> dict[str, Any]:
     message["name"] = value["name"]
   if role == "assistant":
     if value.get("tool_calls"):
-      message["tool_calls"] = _tool_calls(value, where)
+      message["tool_calls"] = _tool_calls(value, where, ledger)
     if reasoning := _reasoning(value):
       message["reasoning_content"] = reasoning
   return message
@@ -83,25 +88,27 @@ def _content(value: Any, role: str, where: str) -> str:
   return "".join(texts)
 
 
-def _tool_calls(message: dict[str, Any], where: str) -> list[dict[str, Any]]:
+def _tool_calls(
+  message: dict[str, Any], where: str, ledger: stored.Stored
+) -> list[dict[str, Any]]:
   calls = []
   for n, call in enumerate(
     fields.field(message, "tool_calls", list, where=where)
   ):
     at = f"{where}.tool_calls[{n}]"
-    function = call.get("function") if isinstance(call, dict) else None
-    if not isinstance(function, dict):
-      raise fields.bad(at, "must be a call of a function")
-    calls.append(
-      {
-        "id": fields.field(call, "id", str, where=at),
-        "type": "function",
-        "function": {
-          "name": fields.field(function, "name", str, where=f"{at}.function"),
-          "arguments": fields.field(
-            function, "arguments", str, where=f"{at}.function"
-          ),
-        },
-      }
-    )
+    kind = "function"
+    if isinstance(call, dict) and call.get("type") == "custom":
+      kind = "custom"
+    called = call.get(kind) if isinstance(call, dict) else None
+    if not isinstance(called, dict):
+      raise fields.bad(at, "must be a call of a function or a custom tool")
+    id, at = fields.field(call, "id", str, where=at), f"{at}.{kind}"
+    name = fields.field(called, "name", str, where=at)
+    if kind == "function":
+      arguments = fields.field(called, "arguments", str, where=at)
+    else:
+      said = fields.field(called, "input", str, where=at)
+      arguments = openai_custom.written(id, said, ledger)
+    function = {"name": name, "arguments": arguments}
+    calls.append({"id": id, "type": "function", "function": function})
   return calls

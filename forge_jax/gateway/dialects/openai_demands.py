@@ -103,6 +103,7 @@ def demands(
   *,
   parallel: bool,
   strict: Mapping[str, Mapping[str, Any]],
+  lark: Mapping[str, Mapping[str, str]],
 ) -> constraint.Constraint:
   """What is demanded in all.
 
@@ -112,6 +113,7 @@ def demands(
     schema_param: what the client calls it.
     parallel: whether several calls are welcome.
     strict: by name of the tool, the schemas that arguments must follow.
+    lark: by name of the tool, grammars of arguments that are texts.
   """
   return constraint.Constraint(
     schema=schema,
@@ -119,6 +121,7 @@ def demands(
     must_call=chosen.must_call,
     only=None if chosen.only is None else frozenset(chosen.only),
     strict=strict,
+    lark={name: of for name, of in lark.items() if of},
     once=chosen.once or not parallel,
   )
 

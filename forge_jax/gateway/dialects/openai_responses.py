@@ -201,6 +201,7 @@ def parse(body: Any, session: sessions.Session) -> ResponsesRequest:
       "text.format",
       parallel=parallel,
       strict=tools.strict,
+      lark=tools.lark,
     ),
   )
   return ResponsesRequest(

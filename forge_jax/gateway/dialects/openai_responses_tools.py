@@ -1,9 +1,7 @@
 """The tools of a Responses request: one list of functions for the model.
 
   function    as it is; with `strict`, calls follow its parameters
-  custom      a function of one string, `input`; a grammar is told to the model
-              in the description. One that is a regular expression is enforced;
-              one in Lark is not, since the string is written as JSON
+  custom      a function of one string, see `openai_custom`
   namespace   each of its tools, named `<namespace>.<tool>`, its description
               headed by the namespace's
   web_search, image_generation
@@ -17,14 +15,13 @@ it alone.
 
 from collections.abc import Mapping, Sequence
 import dataclasses
-import json
 from typing import Any
 
 from openai.types import responses
 import pydantic
 
 from forge_jax.gateway import stored
-from forge_jax.gateway.dialects import fields, openai_demands
+from forge_jax.gateway.dialects import fields, openai_custom, openai_demands
 
 _IGNORED = ("web_search", "image_generation")
 _MODELS = {
@@ -54,6 +51,9 @@ class Tools:
   strict: Mapping[str, Mapping[str, Any]] = dataclasses.field(
     default_factory=dict
   )
+  lark: Mapping[str, Mapping[str, str]] = dataclasses.field(
+    default_factory=dict
+  )  # name -> argument -> grammar of its text
 
   def item(
     self, call: Mapping[str, Any], id: str, ledger: stored.Stored
@@ -78,16 +78,12 @@ class Tools:
         **item,
         "arguments": arguments,
       }
-    text = _free_text(arguments)
-    if text is None:  # not the one string: the client is sent what there is
-      text = arguments
-      ledger.issue(call["id"], stored.IssuedCall(arguments, text))
     return {
       "type": "custom_tool_call",
       "id": f"ctc_{id}",
       "status": "completed",
       **item,
-      "input": text,
+      "input": openai_custom.sent(call["id"], arguments, ledger),
     }
 
 
@@ -98,7 +94,7 @@ def read(body: Mapping[str, Any]) -> Tools:
     Refusal: a tool is malformed or not supported, or has another's name.
   """
   chosen = openai_demands.choice(body, nested=False)
-  declared, functions, by_name, strict = [], [], {}, {}
+  declared, functions, by_name, strict, lark = [], [], {}, {}, {}
   for n, value in enumerate(fields.field(body, "tools", list, [])):
     where = f"tools[{n}]"
     kind = value.get("type") if isinstance(value, dict) else None
@@ -118,11 +114,13 @@ def read(body: Mapping[str, Any]) -> Tools:
       functions.append(_function(name, member, namespace))
       if (schema := _strict(member)) is not None:
         strict[name] = schema
+      if member["type"] == "custom":
+        lark[name] = openai_custom.lark(member.get("format") or {})
   if not chosen.shown:
     return Tools(tuple(declared))
   if chosen.only is not None:
     chosen = dataclasses.replace(chosen, only=_known_as(chosen.only, by_name))
-  return Tools(tuple(declared), tuple(functions), by_name, chosen, strict)
+  return Tools(tuple(declared), tuple(functions), by_name, chosen, strict, lark)
 
 
 def call(item: Mapping[str, Any], ledger: stored.Stored) -> dict[str, Any]:
@@ -133,9 +131,7 @@ def call(item: Mapping[str, Any], ledger: stored.Stored) -> dict[str, Any]:
   if item["type"] == "function_call":
     arguments = item["arguments"]
   else:
-    arguments = ledger.arguments(item["call_id"], item["input"])
-    if arguments is None:
-      arguments = json.dumps({"input": item["input"]}, ensure_ascii=False)
+    arguments = openai_custom.written(item["call_id"], item["input"], ledger)
   return {
     "id": item["call_id"],
     "type": "function",
@@ -177,16 +173,12 @@ def _function(
   """A tool as a function of the Chat Completions protocol."""
   texts = [namespace["description"] if namespace else ""]
   texts.append(tool.get("description") or "")
-  parameters = tool.get("parameters") or {"type": "object", "properties": {}}
+  description = "\n\n".join(filter(None, texts))
   if tool["type"] == "custom":
-    texts.append(_grammar(tool.get("format") or {}))
-    parameters = {
-      "type": "object",
-      "properties": {"input": {"type": "string"}},
-      "required": ["input"],
-    }
+    return openai_custom.function(name, description, tool.get("format") or {})
+  parameters = tool.get("parameters") or {"type": "object", "properties": {}}
   function = {"name": name}
-  if description := "\n\n".join(text for text in texts if text):
+  if description:
     function["description"] = description
   return {
     "type": "function",
@@ -209,30 +201,4 @@ def _strict(tool: Mapping[str, Any]) -> Mapping[str, Any] | None:
   """The schema that calls of a tool must follow, if there is one."""
   if tool["type"] == "function":
     return (tool.get("parameters") or {}) if tool.get("strict") else None
-  format = tool.get("format") or {}
-  if format.get("syntax") != "regex":
-    return None
-  pattern = f"^(?:{format['definition']})$"
-  return {
-    "type": "object",
-    "properties": {"input": {"type": "string", "pattern": pattern}},
-    "required": ["input"],
-    "additionalProperties": False,
-  }
-
-
-def _grammar(format: Mapping[str, Any]) -> str:
-  if format.get("type") != "grammar":
-    return ""
-  return (
-    f"The input follows this grammar ({format['syntax']}):\n"
-    f"{format['definition']}"
-  )
-
-
-def _free_text(arguments: str) -> str | None:
-  """The one string that a custom tool takes; None if that is not it."""
-  value = json.loads(arguments)
-  if isinstance(value, dict) and list(value) == ["input"]:
-    return value["input"] if isinstance(value["input"], str) else None
-  return None
+  return openai_custom.strict(tool.get("format") or {})
