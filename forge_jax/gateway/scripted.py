@@ -121,12 +121,23 @@ def serve(
     reply, max_context=max_context, delay=delay, decode=tokenizer.decode
   )
   gateway = server.Gateway(engine, tokenizer, config)
+  with running(gateway):
+    yield ScriptedGateway(
+      gateway.url, gateway.admin_token, tokenizer, requests, engine
+    )
+
+
+@contextlib.contextmanager
+def running(gateway: server.Gateway) -> Iterator[None]:
+  """Serves a gateway, on a thread of its own, for the length of a block.
+
+  Raises:
+    GatewayError: the address cannot be listened on.
+  """
   with _loop_on_a_thread() as call:
     call(gateway.start())
     try:
-      yield ScriptedGateway(
-        gateway.url, gateway.admin_token, tokenizer, requests, engine
-      )
+      yield
     finally:
       call(gateway.stop())
 

@@ -123,7 +123,7 @@ def made(family, **body):
     }
   ).turns[0]
   constraint.check(turn.constraint, renderer, turn.tools)
-  prompt = renderer.render(turn.messages, turn.tools)
+  prompt = renderer.render(turn.messages, turn.tools).ids
   grammar = constraint.grammar(turn.constraint, renderer, prompt, turn.tools)
   tokenizer = renderer._tokenizer
   grammars = engine_grammar.Grammars(tokenizer, len(tokenizer))
