@@ -35,6 +35,22 @@ class Stage:
     self.harness.say(*replies)
     self._said = [*self.harness.replies]
 
+  def answer(self, reply):
+    """What the model will sample: `reply` of the text of each prompt."""
+    self._said = said = []
+    harness = self.harness
+
+    class Answers:
+      def pop(self, _):
+        prompt = harness.text(harness.requests[-1].prompt_ids)
+        said.append(harness.ids(reply(prompt)))
+        return said[-1]
+
+      def __bool__(self):
+        return False  # there is none left that was not asked for
+
+    harness.replies = Answers()
+
   async def run(self, *command, seconds=120, **variables):
     """Runs a command of .agents to its end; returns what it printed.
 
@@ -101,7 +117,7 @@ class Stage:
 async def stage(start, tool_tokenizer, tmp_path):
   if not (AGENTS / ".installed").exists():
     pytest.skip("there is no .agents: `make .agents/.installed` makes it")
-  harness = await start(tool_tokenizer, max_context=32768)
+  harness = await start(tool_tokenizer, max_context=2**18)
   folder = tmp_path / "work"
   folder.mkdir()
   return Stage(harness, await harness.open(), folder)
