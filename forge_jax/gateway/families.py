@@ -25,6 +25,10 @@ _TOOL_PARSERS = (
   ("<tool_call>", "qwen3"),
   ("<｜tool▁calls▁begin｜>", "deepseek-v3"),
 )
+_HINTS = {
+  "gpt-oss": "; TIKTOKEN_ENCODINGS_BASE names a folder with "
+  "o200k_base.tiktoken, see docs/gateway.md"
+}
 # Variables of templates and options of renderers that keep all reasoning.
 _KEEP_REASONING: Mapping[str, bool] = {
   "preserve_thinking": True,
@@ -62,7 +66,7 @@ def create(
     )
   except (ValueError, TypeError, AssertionError, RuntimeError) as error:
     raise errors.ConfigError(
-      f"renderer {name!r} cannot be used: {error}"
+      f"renderer {name!r} cannot be used: {error}{_HINTS.get(name, '')}"
     ) from error
 
 

@@ -7,14 +7,14 @@ family's rendering of the whole conversation, from scratch.
 import json
 import pathlib
 
-from family_models import FAMILIES, renderer_of, sampled, whole
+from family_models import FAMILIES, renderer_of, sampled, tokenizer_of, whole
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 import pytest
 from renderers import base
 
-from forge_jax import types
-from forge_jax.gateway import call_ids, families, sessions
+from forge_jax import errors, types
+from forge_jax.gateway import call_ids, families, render, sessions
 
 MOST_CALLS = {"llama-3": 1, "gpt-oss": 1}
 # Its template keeps only the reasoning beside calls.
@@ -210,6 +210,14 @@ def test_reasoning_that_is_kept_keeps_the_chain(family, said):
     # What follows the reply is what the template writes after it.
     _, _, after = episode.whole().rpartition(episode.mark)
     assert episode.said_after + seen[len(before) :] == after
+
+
+@pytest.mark.skipif("gpt-oss" not in FAMILIES, reason="there is no .agents")
+def test_a_vocabulary_that_is_missing(monkeypatch, tmp_path):
+  tokenizer = tokenizer_of("gpt-oss")
+  monkeypatch.setenv("TIKTOKEN_ENCODINGS_BASE", str(tmp_path))
+  with pytest.raises(errors.ConfigError, match="TIKTOKEN_ENCODINGS_BASE"):
+    render.Renderer(tokenizer, "gpt-oss")
 
 
 def what_works(family):
