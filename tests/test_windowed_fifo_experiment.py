@@ -59,12 +59,15 @@ def test_the_figures_of_a_random_order_and_of_a_sorted_one():
   rng = np.random.default_rng(0)
   durations = rng.lognormal(size=64 * experiment.STEP)
   random = experiment.measure(trace_of(np.arange(len(durations))), durations)
-  assert random.drift < 0.03
+  assert random.drift < 0.03 and random.excess < 0.003
   assert random.gradient_noise == pytest.approx(1, abs=0.5)
   easy_first = experiment.measure(trace_of(np.argsort(durations)), durations)
   # The first 2048 of 32768 have nothing above the sixteenth: 15 / 16.
   assert easy_first.drift_by_step[0] == pytest.approx(15 / 16)
   assert easy_first.gradient_noise > 100
+  assert easy_first.drift - easy_first.excess == pytest.approx(
+    drift.noise(experiment.SAMPLE, len(durations))
+  )
 
 
 def test_a_workload_is_what_it_says():
@@ -82,7 +85,9 @@ def test_the_scheduler_decides_and_the_table_says_so():
   durations = np.random.default_rng(0).lognormal(size=4096)
   figures = experiment.measure(trace_of(np.arange(4096)), durations)
   text = experiment.table({"fifo": figures, "greedy": figures})
-  assert text.count("100.0%") == 4 and text.startswith("| W |")
+  assert (
+    text.count("100.0%") == 4 and " | - | " in text and text.startswith("| W |")
+  )
 
 
 def test_the_adaptive_window_answers_to_the_drift():

@@ -256,8 +256,9 @@ def _extends(one: types.Completion, other: types.Completion) -> bool:
 
 def _equal(one: np.ndarray, other: np.ndarray) -> bool:
   """Whether arrays of one length are equal; at once where they are the same."""
-  where = lambda array: (array.ctypes.data, array.strides)
-  return where(one) == where(other) or np.array_equal(one, other)
+  where = lambda array: array.__array_interface__["data"]
+  same = where(one) == where(other) and one.strides == other.strides
+  return same or np.array_equal(one, other)
 
 
 def _common(one: np.ndarray, other: np.ndarray) -> int:
