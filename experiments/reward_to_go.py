@@ -5,7 +5,7 @@ credit gives every request the episode's whole return; reward-to-go gives it wha
 was earned from it on. On the same rollouts, how noisy is the gradient of one
 group under each, and does it point the same way?
 
-Command:  python -m experiments.reward_to_go [--draw --folder=docs/results]
+Command:  python -m experiments.reward_to_go [--picture --folder=docs/results]
 Hardware: two CPU cores, a minute a seed.
 Result:   docs/results/reward_to_go.md. Yes, with a baseline for each step: 0.78,
           0.64, 0.60 of the variance with 2, 4, 8 requests. With one baseline for
@@ -26,35 +26,23 @@ alone, which is 1.
 from collections.abc import Mapping, Sequence
 import dataclasses
 
-from absl import app, flags
+from absl import app
 from flax import nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments import toy_decoder
 from experiments.figures import drawing
 from forge_jax.algo import advantages as algo
 from forge_jax.algo import cispo
-from forge_jax.model import config as model_config
 from forge_jax.model import decoder as decoder_lib
 
-_GROUPS = flags.DEFINE_integer("groups", 128, "groups of each setting")
-_SEEDS = flags.DEFINE_list("seeds", ["0", "1"], "of weights and of sampling")
-_DRAW = flags.DEFINE_bool("draw", False, "write the picture to --folder")
-
+GROUPS, SEEDS = 128, (0, 1)  # groups of each setting; of weights and sampling
 MEMBERS = 8  # episodes of a group
 PROMPT, REQUEST, ANSWER = 4, 4, 2  # tokens
 STEPS = (1, 2, 4, 8)
-MODEL = model_config.ModelConfig(
-  vocab_size=32,
-  width=32,
-  num_layers=2,
-  num_heads=4,
-  num_kv_heads=2,
-  head_dim=8,
-  mlp_width=48,
-  max_context=256,
-)
+MODEL = toy_decoder.config(vocab_size=32)
 ARMS = ("outcome only", "one baseline", "reward-to-go")
 
 
@@ -64,20 +52,6 @@ class Noise:
 
   variance: float  # trace of the covariance, over that of outcome-only
   shift: float  # of the mean, 1 by chance alone
-
-
-def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-  """Causal attention over whole rows."""
-  return jax.nn.dot_product_attention(q, k, v, is_causal=True)
-
-
-def logprobs(decoder: decoder_lib.Decoder, tokens_BT: jax.Array) -> jax.Array:
-  """Log-probabilities [B, T, V] of what follows each token."""
-  position_BT = jnp.broadcast_to(
-    jnp.arange(tokens_BT.shape[1]), tokens_BT.shape
-  )
-  hidden = decoder.hidden(tokens_BT, position_BT, attend)
-  return jax.nn.log_softmax(decoder.logits(hidden))
 
 
 def responses(steps: int) -> np.ndarray:
@@ -102,7 +76,7 @@ def sample(
 
   @jax.jit
   def draw(tokens_BT, t):
-    log_BV = logprobs(nnx.merge(graph, state), tokens_BT)[:, t - 1]
+    log_BV = toy_decoder.logprobs(nnx.merge(graph, state), tokens_BT)[:, t - 1]
     token_B = jax.random.categorical(jax.random.fold_in(key, t), log_BV)
     return token_B, jnp.take_along_axis(log_BV, token_B[:, None], 1)[:, 0]
 
@@ -145,7 +119,7 @@ def gradients(
   weight_T = sampled_T[1:] / (MEMBERS * sampled_T.sum())
 
   def loss(state, tokens_GT, old_GT, advantage_GT):
-    log_GTV = logprobs(nnx.merge(graph, state), tokens_GT)[:, :-1]
+    log_GTV = toy_decoder.logprobs(nnx.merge(graph, state), tokens_GT)[:, :-1]
     following = tokens_GT[:, 1:, None]
     new_GT = jnp.take_along_axis(log_GTV, following, -1)[..., 0]
     return cispo.cispo_loss(
@@ -219,15 +193,15 @@ def main(argv: Sequence[str]) -> None:
   print("| --- | --- | --- | --- | --- |")
   variances = {arm: {s: [] for s in STEPS} for arm in ARMS}
   for steps in STEPS:
-    for seed in map(int, _SEEDS.value):
-      for arm, noise in measure(steps, _GROUPS.value, seed).items():
+    for seed in SEEDS:
+      for arm, noise in measure(steps, GROUPS, seed).items():
         variances[arm][steps].append(noise.variance)
         print(
           f"| {steps} | {seed} | {arm} | {noise.variance:.2f} "
           f"| {noise.shift:.2f} |",
           flush=True,
         )
-  if _DRAW.value:
+  if drawing.PICTURE.value:
     drawing.write("reward_to_go", draw(variances))
 
 

@@ -10,6 +10,8 @@ import matplotlib as mpl
 from matplotlib import axes, figure
 
 _FOLDER = flags.DEFINE_string("folder", "docs/images", "where they go")
+# Of experiments that draw what they measured.
+PICTURE = flags.DEFINE_bool("picture", False, "write a picture to --folder")
 
 INK, MUTED, LINE = "#1f2328", "#667085", "#d0d5dd"
 SERIES = ("#2f6fde", "#d9730d", "#0f9d76", "#8a5cd6")
