@@ -32,8 +32,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import toy_decoder
 from experiments.figures import drawing
+from experiments.toys import decoder as toy_decoder
 from forge_jax.algo import advantages as algo
 from forge_jax.algo import cispo
 from forge_jax.model import decoder as decoder_lib
