@@ -55,6 +55,8 @@ class GuestConfig:
   rlimits: Mapping[str, int]
   watch_memory: int  # bytes that end a command; 0: something else watches
   forward: Mapping[str, Any] | None  # port and path of the gateway's socket
+  # Of system calls, in hexadecimal, for commands; "": there is one already.
+  seccomp: str = ""
 
   def to_json(self) -> str:
     """As the guest reads it."""

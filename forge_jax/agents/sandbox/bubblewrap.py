@@ -10,8 +10,10 @@ of privileges, no further user namespaces; a filter of system calls.
 import asyncio
 import contextlib
 import dataclasses
+import functools
+import importlib.util
 import itertools
-import json
+import marshal
 import os
 import pathlib
 import random
@@ -24,7 +26,7 @@ from forge_jax import errors
 from forge_jax.agents.sandbox import base, box, cgroup, relay, seccomp
 
 _HERE = pathlib.Path(__file__).parent
-_GUEST = ("guest.py", "forward.py")  # the files that run inside
+_GUEST = ("guest", "forward")  # the modules that run inside
 _OLDEST = (0, 8)  # the first with --disable-userns and --size
 _HOME = "/home/agent"
 _WORK = f"{_HOME}/work"
@@ -115,10 +117,10 @@ class Bubblewrap:
         undo.callback(group.remove)
       plan = self._plan(folder, limits, group, gateway is not None)
       process = await asyncio.create_subprocess_exec(
-        sys.executable,
+        _python(),
         "-ISB",
         str(_HERE / "enter.py"),
-        json.dumps(plan),
+        marshal.dumps(plan).hex(),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -163,8 +165,8 @@ class Bubblewrap:
       "user": _pick_user(),
       "cgroups": group.entrances if group else [],
       "stage": stage,
-      "texts": {f"etc/{name}": text for name, text in _TEXTS.items()}
-      | {name: (_HERE / name).read_text("utf-8") for name in _GUEST},
+      "texts": {f"etc/{n}": text.encode() for n, text in _TEXTS.items()}
+      | _compiled_guest(),
       "binds": binds,
       "disk": [limits.disk_bytes, limits.files],
       "directories": ["home", "home/work", "tmp", "shm"],
@@ -174,7 +176,7 @@ class Bubblewrap:
         *_namespaces(),
         *_file_systems(stage, binds),
         *("--seccomp", "{seccomp}", "--"),
-        *(_python(), "-ISB", "/run/guest.py"),
+        *(_python(), "-ISB", "/run/guest.pyc"),
         self._guest_config(limits, has_gateway).to_json(),
       ],
     }
@@ -271,7 +273,7 @@ def _file_systems(stage: str, binds: dict[str, str]) -> list[str]:
   for name in _TEXTS:
     args += ["--ro-bind", f"{stage}/etc/{name}", f"/etc/{name}"]
   for name in _GUEST:
-    args += ["--ro-bind", f"{stage}/{name}", f"/run/{name}"]
+    args += ["--ro-bind", f"{stage}/{name}.pyc", f"/run/{name}.pyc"]
   if "gateway.sock" in binds:
     args += ["--bind", f"{stage}/gateway.sock", box.GATEWAY_SOCKET]
   # Both are file systems in memory, without a limit.
@@ -286,8 +288,21 @@ def _file_systems(stage: str, binds: dict[str, str]) -> list[str]:
   ]
 
 
+@functools.cache
+def _compiled_guest() -> dict[str, bytes]:
+  """The modules that run inside, so that not every sandbox compiles them."""
+  found = {}
+  # Sixteen bytes: whose code it is; then, not to be checked, of when.
+  head = importlib.util.MAGIC_NUMBER + bytes(12)
+  for name in _GUEST:
+    source = (_HERE / f"{name}.py").read_bytes()
+    code = compile(source, f"/run/{name}.py", "exec", dont_inherit=True)
+    found[f"{name}.pyc"] = head + marshal.dumps(code)
+  return found
+
+
 def _python() -> str:
-  """The interpreter that the guest runs on: this one, outside of any venv."""
+  """The interpreter that runs beside this one: itself, outside of any venv."""
   return os.path.realpath(sys.executable)
 
 

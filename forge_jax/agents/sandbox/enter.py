@@ -1,6 +1,8 @@
 """What starts bubblewrap: it prepares what bubblewrap alone cannot do.
 
-It stands alone: the standard library only, and it is run by path. In order:
+It stands alone: the standard library only, as little of it as can be, for every
+sandbox waits for its imports; and it is run by path. Its argument, the plan, is
+marshalled and in hexadecimal. In order:
 
   1. It joins the sandbox's control groups.
   2. In mount namespace of its own (and, unless it is root, in a user namespace)
@@ -13,16 +15,16 @@ It stands alone: the standard library only, and it is run by path. In order:
 """
 
 import ctypes
-import json
+import marshal
 import os
 import resource
-import signal
 import sys
 
 _CLONE_NEWNS, _CLONE_NEWUSER = 0x00020000, 0x10000000
 _MS_NOSUID, _MS_NODEV = 2, 4
 _MS_BIND, _MS_REC, _MS_PRIVATE = 4096, 16384, 1 << 18
 _PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS = 1, 38
+_SIGKILL = 9
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -42,7 +44,7 @@ def enter(plan):
   _check(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no_new_privs")
   # Changing the user forgets this, so it comes last; and the parent may have
   # died before.
-  _check(_libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "pdeathsig")
+  _check(_libc.prctl(_PR_SET_PDEATHSIG, _SIGKILL, 0, 0, 0), "pdeathsig")
   if os.getppid() != plan["parent"]:
     sys.exit("the parent has died")
   resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -75,7 +77,7 @@ def _stage(plan):
   _tmpfs(stage, "size=16m,nr_inodes=4096,mode=0755")
   for name, text in plan["texts"].items():
     path = _parent(stage, name)
-    with open(path, "w") as file:
+    with open(path, "wb") as file:
       file.write(text)
     os.chmod(path, 0o444)
   for name, source in plan["binds"].items():
@@ -126,6 +128,6 @@ def _check(result, what):
 
 if __name__ == "__main__":
   try:
-    enter(json.loads(sys.argv[1]))
+    enter(marshal.loads(bytes.fromhex(sys.argv[1])))
   except OSError as error:
     sys.exit(str(error))

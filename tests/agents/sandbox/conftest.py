@@ -10,7 +10,7 @@ import pytest
 import pytest_asyncio
 
 from forge_jax import errors
-from forge_jax.agents.sandbox import bubblewrap
+from forge_jax.agents.sandbox import bubblewrap, containers
 
 PROBES = pathlib.Path(__file__).parent / "probes"
 
@@ -31,6 +31,24 @@ async def open_box():
         ):
           raise
         pytest.skip(str(error))
+      return await stack.enter_async_context(opened)
+
+    yield _open
+
+
+@pytest_asyncio.fixture
+async def open_container():
+  """Opens containers of the engine and image that the environment names."""
+  engine, image = map(os.environ.get, ("SANDBOX_ENGINE", "SANDBOX_IMAGE"))
+  if not engine or not image:
+    pytest.skip("needs SANDBOX_ENGINE and SANDBOX_IMAGE")
+  backend = containers.Containers(
+    containers.ContainerConfig(image, engine=engine)
+  )
+  async with contextlib.AsyncExitStack() as stack:
+
+    async def _open(limits=None, *, gateway=None):
+      opened = await backend.open(limits, gateway=gateway)
       return await stack.enter_async_context(opened)
 
     yield _open
