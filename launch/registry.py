@@ -15,6 +15,7 @@ from forge_jax.tasks import judge
 # class `X` stands its configuration, `XConfig`.
 DOMAINS = {
   "bug_fixing": "forge_jax.tasks.bug_fixing:BugFixing",
+  "deep_search": "forge_jax.tasks.deep_search:DeepSearch",
   "library_qa": "forge_jax.tasks.library_qa:LibraryQA",
   "reasoning": "forge_jax.tasks.reasoning:Reasoning",
   "records": "forge_jax.tasks.records:Records",
@@ -66,14 +67,22 @@ def build(
 
 def _find(name: str, place: str) -> tuple[type, type]:
   """A domain's class and its configuration's."""
-  module_name, _, class_name = place.partition(":")
+  key = f"domains.{name}"
+  config = f"{place.removesuffix('Domain')}Config"  # which stands beside it
+  return find(key, place), find(key, config)
+
+
+def find(key: str, place: str) -> Any:
+  """What an experiment names as "package.module:name".
+
+  Raises:
+    ConfigError: there is no such thing; `key` says where it was named.
+  """
+  module_name, _, name = place.partition(":")
   try:
-    module = importlib.import_module(module_name)
-    domain = getattr(module, class_name)
-    config = getattr(module, f"{class_name.removesuffix('Domain')}Config")
+    return getattr(importlib.import_module(module_name), name)
   except (ImportError, AttributeError, ValueError) as error:
     raise errors.ConfigError(
-      f"config.domains.{name}: nothing at {place!r}; expected 'module:Class' "
-      f"with a ClassConfig beside it: {error}"
+      f"config.{key}: nothing at {place!r}; expected 'module:name', and a "
+      f"domain's NameConfig beside it: {error}"
     ) from error
-  return domain, config

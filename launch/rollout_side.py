@@ -25,7 +25,10 @@ class RolloutSide:
       ConfigError: an unknown key, or a value that cannot work.
     """
     self.seed = values["seed"]
-    self.agent = settings.section(react.ReactConfig, values["agent"], "agent")
+    agent = dict(values["agent"])
+    # Where an agent of one's own is made: "package.module:function".
+    self._place = agent.pop("place", None)
+    self.agent = settings.section(react.ReactConfig, agent, "agent")
     self.context = settings.section(
       context.ContextConfig, values["context"], "context"
     )
@@ -88,14 +91,18 @@ class RolloutSide:
   def make_agent(self, closing: contextlib.AsyncExitStack) -> agents_base.Agent:
     """The agent; used from one asyncio loop.
 
-    It has tools where a domain's work is done on files.
+    It has tools where a domain's work is done on files. With a `place` in the
+    configuration, the function there makes it, given this side and `closing`.
 
     Args:
       closing: gets what closes the agent.
 
     Raises:
+      ConfigError: there is nothing at the place.
       SandboxError: tools need sandboxes, and this machine cannot make any.
     """
+    if self._place is not None:
+      return registry.find("agent", self._place)(self, closing)
     agent = react.ReactAgent(self.agent, context=self.context)
     closing.push_async_callback(agent.aclose)
     if not any(map(_works_on_files, self.domains.values())):

@@ -14,6 +14,7 @@ from launch import (
   engine_service,
   gateway_service,
   keys,
+  rollout_side,
   sglang_jax_service,
 )
 
@@ -123,3 +124,20 @@ def test_whatever_is_no_configuration_says_how_it_is_run():
   assert EXPERIMENTS and others
   for path in others:
     assert f"python -m experiments.{path.stem}" in path.read_text("utf-8")
+
+
+def make_agent(side, closing):
+  return side, closing
+
+
+def test_an_agent_of_ones_own_has_a_place():
+  from experiments import word_problems_smollm2
+
+  values = word_problems_smollm2.get_config().to_dict()
+  values["agent"]["place"] = f"{__name__}:make_agent"
+  side = rollout_side.RolloutSide(values)
+  assert side.make_agent("closing") == (side, "closing")
+  values["agent"]["place"] = f"{__name__}:nothing"
+  side = rollout_side.RolloutSide(values)
+  with pytest.raises(errors.ConfigError, match=r"config\.agent: nothing at"):
+    side.make_agent("closing")

@@ -21,6 +21,10 @@ class Endpoint:
   max_tokens: int  # most new tokens of one completion
   # Whose requests these are, as the gateway is told; None: the main agent's.
   sub_agent: str | None = None
+  # To post rewards over HTTP, for an agent that scores: where, and the key. What
+  # the model writes must see neither.
+  reward_url: str = ""
+  control_key: str = ""
 
 
 class Agent(Protocol):

@@ -74,6 +74,10 @@ class GatewayClient:
       tuple(wire.reward_from_json(r) for r in reply["rewards"]),
     )
 
+  def reward_url(self, id: str) -> str:
+    """Where rewards of a session are posted, with its control key."""
+    return f"{self._url}/sessions/{_quoted(id)}/reward"
+
   async def post_reward(self, id: str, reward: types.Reward) -> None:
     """Adds a reward to an open session.
 

@@ -105,7 +105,8 @@ class EpisodeRunner:
     async with quota, self._permits:
       session, keys = await self._open(attempt)
       try:
-        outcome = await self._play(attempt, make_environment, keys)
+        endpoint = self._endpoint(attempt, session, keys)
+        outcome = await self._play(attempt, make_environment, endpoint)
       except asyncio.CancelledError:
         with contextlib.suppress(errors.GatewayError):
           await self._gateway.close_session(session)
@@ -148,19 +149,25 @@ class EpisodeRunner:
 
     return await _persist(once)
 
-  async def _play(
-    self,
-    attempt: Attempt,
-    make_environment: Callable[[types.Task], tasks_base.Environment],
-    keys: client.SessionKeys,
-  ) -> "_Outcome":
-    outcome = _Outcome()
-    endpoint = agents_base.Endpoint(
+  def _endpoint(
+    self, attempt: Attempt, session: str, keys: client.SessionKeys
+  ) -> agents_base.Endpoint:
+    return agents_base.Endpoint(
       base_url=keys.base_url,
       api_key=keys.api_key,
       model=self._model_name,
       max_tokens=attempt.max_tokens,
+      reward_url=self._gateway.reward_url(session),
+      control_key=keys.control_key,
     )
+
+  async def _play(
+    self,
+    attempt: Attempt,
+    make_environment: Callable[[types.Task], tasks_base.Environment],
+    endpoint: agents_base.Endpoint,
+  ) -> "_Outcome":
+    outcome = _Outcome()
     clock = asyncio.timeout(self._deadline)
     environment = None
     started = time.monotonic()

@@ -12,6 +12,7 @@ from forge_jax.rollout import baselines
 from forge_jax.tasks import (
   answers,
   bug_fixing,
+  deep_search,
   judge,
   library_qa,
   reasoning,
@@ -24,6 +25,7 @@ PERF = types.Component.PERF
 # Least success of knowing nothing, with room for chance.
 LUCK = {
   "bug_fixing": 0.5,
+  "deep_search": 0.1,
   "library_qa": 0.2,
   "reasoning": 0.4,
   "slow_tools": 0.95,
@@ -36,6 +38,9 @@ def domain(request, sandbox):
   return {
     "bug_fixing": lambda: bug_fixing.BugFixing(
       bug_fixing.BugFixingConfig(), sandbox
+    ),
+    "deep_search": lambda: deep_search.DeepSearch(
+      deep_search.DeepSearchConfig()
     ),
     "library_qa": lambda: library_qa.LibraryQA(library_qa.LibraryQAConfig()),
     "reasoning": lambda: reasoning.Reasoning(

@@ -26,7 +26,7 @@ from forge_jax import errors
 from forge_jax.agents.sandbox import base, box, cgroup, relay, seccomp
 
 _HERE = pathlib.Path(__file__).parent
-_GUEST = ("guest", "forward")  # the modules that run inside
+_GUEST = ("guest", "forward", "processes")  # the modules that run inside
 _OLDEST = (0, 8)  # the first with --disable-userns and --size
 _HOME = "/home/agent"
 _WORK = f"{_HOME}/work"

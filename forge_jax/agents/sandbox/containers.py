@@ -237,15 +237,15 @@ class Containers:
 def _program() -> str:
   """The guest as one text, with what it imports of ours in front."""
   here = pathlib.Path(__file__).parent
-  forward = (here / "forward.py").read_text("utf-8")
+  parts = ["import os, sys, types", f"os.makedirs({_WORK!r}, exist_ok=True)"]
+  for name in ("forward", "processes"):
+    source = (here / f"{name}.py").read_text("utf-8")
+    parts += [
+      f"sys.modules[{name!r}] = types.ModuleType({name!r})",
+      f"exec({source!r}, sys.modules[{name!r}].__dict__)",
+    ]
   guest = (here / "guest.py").read_text("utf-8")
-  return (
-    "import os, sys, types\n"
-    f"os.makedirs({_WORK!r}, exist_ok=True)\n"
-    "sys.modules['forward'] = types.ModuleType('forward')\n"
-    f"exec({forward!r}, sys.modules['forward'].__dict__)\n"
-    f"exec({guest!r})\n"
-  )
+  return "\n".join([*parts, f"exec({guest!r})"])
 
 
 def _tmpfs(limits: base.Limits) -> Sequence[str]:

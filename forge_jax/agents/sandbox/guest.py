@@ -29,7 +29,6 @@ import time
 _LENGTHS = struct.Struct(">II")
 _PR_SET_DUMPABLE, _PR_SET_CHILD_SUBREAPER = 4, 36
 _PR_SET_SECCOMP, _SECCOMP_MODE_FILTER = 22, 2
-_PAGE = os.sysconf("SC_PAGE_SIZE")
 _CHUNK = 65536
 
 
@@ -229,28 +228,32 @@ class Guest:
 
   def _exceeds(self, most):
     """Whether all processes and files hold more than `most` bytes."""
+    import processes  # here, because few sandboxes pay for it
+
     files = 0
     if self._is_init:  # its files are in memory, and nobody else's
       used = os.statvfs(self._config["work"])
       files = (used.f_blocks - used.f_bfree) * used.f_frsize
     pids = self._processes()
-    if files + sum(map(_resident, pids)) <= most:
+    if files + sum(map(processes.resident, pids)) <= most:
       return False
     # Pages that processes share were counted for each: once more, exactly.
-    return files + sum(map(_proportional, pids)) > most
+    return files + sum(map(processes.proportional, pids)) > most
 
   def _processes(self):
     """The sandbox's processes but this one."""
     if self._is_init:
       own = str(os.getpid())
       return [n for n in os.listdir("/proc") if n.isdigit() and n != own]
-    return _descendants(os.getpid())
+    import processes
+
+    return processes.descendants(os.getpid())
 
   def _end_all(self):
     """Ends every process but this one; wait statuses by process id."""
     statuses = {}
     while True:
-      for pid in [-1] if self._is_init else _descendants(os.getpid()):
+      for pid in [-1] if self._is_init else self._processes():
         with contextlib.suppress(ProcessLookupError):
           os.kill(pid, signal.SIGKILL)
       try:
@@ -324,45 +327,6 @@ def _reap():
     if pid == 0:
       return statuses
     statuses[pid] = status
-
-
-def _descendants(root):
-  """Process ids of a process's children, theirs, and so on."""
-  children = {}
-  for name in os.listdir("/proc"):
-    if name.isdigit():
-      try:
-        with open(f"/proc/{name}/stat", "rb") as file:
-          # The name, in parentheses, may hold anything.
-          parent = int(file.read().rpartition(b")")[2].split()[1])
-      except (OSError, IndexError):
-        continue
-      children.setdefault(parent, []).append(int(name))
-  found = children.get(root, [])
-  for pid in found:  # it grows
-    found += children.get(pid, [])
-  return found
-
-
-def _resident(pid):
-  """Bytes of a process in memory; 0: it has ended."""
-  try:
-    with open(f"/proc/{pid}/statm", "rb") as file:
-      return int(file.read().split()[1]) * _PAGE
-  except (OSError, IndexError):
-    return 0
-
-
-def _proportional(pid):
-  """The same, but of a page that n processes share, an n-th."""
-  try:
-    with open(f"/proc/{pid}/smaps_rollup", "rb") as file:
-      for line in file:
-        if line.startswith(b"Pss:"):
-          return int(line.split()[1]) * 1024
-  except OSError:
-    pass  # it has ended, or hides
-  return _resident(pid)
 
 
 def _read_regular(path, root, most):
