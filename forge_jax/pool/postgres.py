@@ -113,7 +113,8 @@ class Postgres:
     except self._psycopg.errors.DiskFull as error:
       raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
     except self._psycopg.Error as error:
-      raise errors.PoolError(f"PostgreSQL: {error}") from error
+      text = " ".join(str(error).split())  # on one line
+      raise errors.PoolError(f"PostgreSQL: {text}") from error
 
 
 class SharedIndex(index_lib.Index):
