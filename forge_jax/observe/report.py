@@ -212,6 +212,11 @@ def _curves(record: RunRecord) -> str:
       "Gradient norm before clipping",
       charts.line_chart("norm", [one("mean", names.TRAIN_GRAD_NORM)]),
     ),
+    (
+      "Alarms that hold",
+      charts.line_chart("alarms", [one("alarms", names.WATCH_ALARMS)]),
+    ),
+    *_by_domain(record),
   )
   cards = "".join(
     f'<div class="card"><h3>{_e(title)}</h3>{drawing}</div>'
@@ -219,6 +224,30 @@ def _curves(record: RunRecord) -> str:
     if drawing is not None
   )
   return f'<div class="grid">{cards}</div>'
+
+
+def _by_domain(record: RunRecord) -> list[tuple[str, str | None]]:
+  """Success of each domain, where there are several: four to a drawing."""
+  topic = f"{names.DOMAIN_SUCCESS}/"
+  found = sorted(
+    {name for row in record.metrics for name in row if name.startswith(topic)}
+  )
+  if len(found) < 2:
+    return []
+  series = [
+    charts.Series(name.removeprefix(topic), _points(record, name), place % 4)
+    for place, name in enumerate(found)
+  ]
+  return [
+    (
+      "Success sampled in training: "
+      + ", ".join(one.label for one in series[first : first + 4]),
+      charts.line_chart(
+        f"domain{first}", series[first : first + 4], percent=True
+      ),
+    )
+    for first in range(0, len(series), 4)
+  ]
 
 
 def _points(record: RunRecord, name: str) -> list[charts.Point]:

@@ -197,3 +197,20 @@ def test_the_curve_needs_a_success(tmp_path):
   with pytest.raises(ValueError, match="'demo' has no success"):
     report.write_curve(tmp_path / "curve.svg", empty)
   assert not list(tmp_path.iterdir())
+
+
+def test_several_domains_are_drawn_four_at_a_time(tmp_path, record):
+  def pages(count):
+    success = {f"{names.DOMAIN_SUCCESS}/<{i}>": 0.1 * i for i in range(count)}
+    row = {"step": 1, "time": 1.0, names.WATCH_ALARMS: 2.0} | success
+    changed = dataclasses.replace(record, metrics=[row])
+    path = report.write_report(tmp_path / str(count), changed)
+    return path.read_text("utf-8")
+
+  assert [pages(n).count("Success sampled in training") for n in (1, 4, 5)] == [
+    0,
+    1,
+    2,
+  ]
+  assert "Alarms that hold" in pages(1)
+  assert "training: &lt;4&gt;" in pages(5) and "<4>" not in pages(5)
