@@ -3,21 +3,31 @@
 import dataclasses
 
 from forge_jax import errors
-from forge_jax.agents.sandbox import base, bubblewrap, unsafe
+from forge_jax.agents.sandbox import base, bubblewrap, containers, unsafe
+
+_PLAIN = ("bubblewrap", "unsafe")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class SandboxConfig:
   """What holds programs that nobody vouches for."""
 
-  backend: str = "bubblewrap"  # or "unsafe": nothing holds them
+  # Or the engine of containers; or "unsafe": nothing holds them.
+  backend: str = "bubblewrap"
+  image: str = ""  # of containers
   show: tuple[str, ...] = ()  # paths that agents see, read-only
 
   def __post_init__(self):
-    if self.backend not in ("bubblewrap", "unsafe"):
+    known = (*_PLAIN, *containers.ENGINES)
+    if self.backend not in known:
       raise errors.ConfigError(
-        f"sandbox.backend is {self.backend!r}; expected 'bubblewrap' or "
-        "'unsafe'"
+        f"sandbox.backend is {self.backend!r}; expected one of "
+        f"{', '.join(known)}"
+      )
+    if (self.backend in containers.ENGINES) != bool(self.image):
+      raise errors.ConfigError(
+        f"sandbox.image is {self.image!r} and sandbox.backend "
+        f"{self.backend!r}; expected an image for containers, and only there"
       )
 
 
@@ -26,7 +36,14 @@ def make(config: SandboxConfig) -> base.Backend:
 
   Raises:
     SandboxError: this machine cannot make sandboxes.
+    ConfigError: something to be shown is not there, or cannot be.
   """
   if config.backend == "unsafe":
     return unsafe.UnsafeProcess()
-  return bubblewrap.Bubblewrap(bubblewrap.BubblewrapConfig(show=config.show))
+  if config.backend == "bubblewrap":
+    return bubblewrap.Bubblewrap(bubblewrap.BubblewrapConfig(show=config.show))
+  return containers.Containers(
+    containers.ContainerConfig(
+      config.image, engine=config.backend, show=config.show
+    )
+  )

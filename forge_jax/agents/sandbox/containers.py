@@ -24,7 +24,8 @@ import urllib.parse
 from forge_jax import errors
 from forge_jax.agents.sandbox import base, box, relay, seccomp
 
-_PROGRAMS = {"docker": "docker", "podman": "podman", "kubernetes": "kubectl"}
+# Their clients' programs.
+ENGINES = {"docker": "docker", "podman": "podman", "kubernetes": "kubectl"}
 _HOME = "/home/agent"
 _WORK = f"{_HOME}/work"
 _USER = 1000
@@ -40,13 +41,18 @@ class ContainerConfig:
   engine: str = "docker"  # or "podman", "kubernetes"
   python: str = "python3"  # in the image
   namespace: str = "default"  # of Kubernetes
+  show: tuple[str, ...] = ()  # this machine's paths, read-only at their own
   arguments: tuple[str, ...] = ()  # further ones of the client's `run`
 
   def __post_init__(self):
-    if self.engine not in _PROGRAMS:
+    if self.engine not in ENGINES:
       raise errors.ConfigError(
         f"container engine is {self.engine!r}; expected one of "
-        f"{', '.join(_PROGRAMS)}"
+        f"{', '.join(ENGINES)}"
+      )
+    if self.show and self.engine == "kubernetes":
+      raise errors.ConfigError(
+        f"a pod cannot show {', '.join(self.show)}: put it into the image"
       )
 
 
@@ -60,7 +66,7 @@ class Containers:
       SandboxError: it is not installed.
     """
     self._config = config
-    name = _PROGRAMS[config.engine]
+    name = ENGINES[config.engine]
     program = shutil.which(name)
     if program is None:
       raise errors.SandboxError(
@@ -110,7 +116,7 @@ class Containers:
     undo: contextlib.AsyncExitStack,
   ) -> tuple[list[str], str | None]:
     """The command of a local container, and its way out as seen inside."""
-    mounts, way_out = [], None
+    mounts, way_out = [f"--volume={p}:{p}:ro" for p in self._config.show], None
     if gateway is not None:
       folder = box.make_folder("forge-sandbox")
       undo.callback(shutil.rmtree, folder, ignore_errors=True)
@@ -119,7 +125,7 @@ class Containers:
       way = relay.Relay(gateway)
       undo.push_async_callback(way.aclose)
       await way.start(path)
-      mounts = ["--volume", f"{path}:{box.GATEWAY_SOCKET}"]
+      mounts.append(f"--volume={path}:{box.GATEWAY_SOCKET}")
       way_out = f"http://127.0.0.1:{box.GATEWAY_PORT}"
     undo.push_async_callback(self._call, "rm", "--force", name)
     return [

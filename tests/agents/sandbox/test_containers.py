@@ -11,7 +11,7 @@ import stat
 import pytest
 
 from forge_jax import errors
-from forge_jax.agents.sandbox import base, containers
+from forge_jax.agents.sandbox import backends, base, containers
 
 LIMITS = base.Limits(
   memory_bytes=256 * base.MIB, processes=32, disk_bytes=32 * base.MIB
@@ -39,7 +39,8 @@ def client(tmp_path, monkeypatch):
 
 async def test_an_engine_that_cannot_be_reached_is_told(client):
   client("docker", 'echo "no daemon is running" >&2; exit 1')
-  backend = containers.Containers(containers.ContainerConfig("an-image"))
+  config = backends.SandboxConfig("docker", "an-image", show=("/opt/agents",))
+  backend = backends.make(config)
   with pytest.raises(errors.SandboxError, match="no daemon is running"):
     await backend.open(LIMITS, gateway="http://127.0.0.1:9")
   run, remove = client.asked()
@@ -57,6 +58,7 @@ async def test_an_engine_that_cannot_be_reached_is_told(client):
   assert "--read-only" in run and "an-image" in run
   (mount,) = (w for w in run if w.endswith(":/run/gateway.sock"))
   assert mount.split(":")[0].endswith("/gateway.sock")
+  assert "--volume=/opt/agents:/opt/agents:ro" in run
   assert remove == ["rm", "--force", run[run.index("--name") + 1]]
 
 
@@ -88,12 +90,19 @@ async def test_a_pod_has_no_rights_and_one_way_out(client):
 
 def test_what_is_not_there_is_told(monkeypatch, tmp_path):
   monkeypatch.setenv("PATH", str(tmp_path))
-  for engine, program in containers._PROGRAMS.items():
+  for engine, program in containers.ENGINES.items():
     config = containers.ContainerConfig("image", engine=engine)
     with pytest.raises(errors.SandboxError, match=f"its client {program} is"):
       containers.Containers(config)
   with pytest.raises(errors.ConfigError, match="'lxc'; expected one of docker"):
     containers.ContainerConfig("image", engine="lxc")
+  with pytest.raises(errors.ConfigError, match="a pod cannot show /opt"):
+    containers.ContainerConfig("image", engine="kubernetes", show=("/opt",))
+  with pytest.raises(errors.ConfigError, match="'lxc'; expected one of bubble"):
+    backends.SandboxConfig("lxc")
+  for given in (("docker", ""), ("bubblewrap", "an-image")):
+    with pytest.raises(errors.ConfigError, match="expected an image for"):
+      backends.SandboxConfig(*given)
 
 
 async def test_a_container_gets_and_gives(open_container):
