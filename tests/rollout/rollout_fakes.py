@@ -24,6 +24,9 @@ class FakeGateway:
     self.opened.append(id)
     return client.SessionKeys(f"key-{id}", "http://gateway/v1", f"control-{id}")
 
+  def reward_url(self, id):
+    return f"http://gateway/sessions/{id}/reward"
+
   async def close_session(self, id):
     await self._answer()
     if id not in self.open:
