@@ -9,8 +9,8 @@ import time
 from typing import Any
 
 from forge_jax.observe import display as display_lib
+from forge_jax.observe import drafting, names, stability, throughput
 from forge_jax.observe import metrics as metrics_lib
-from forge_jax.observe import names, stability, throughput
 from forge_jax.pool import queue as queue_lib
 from launch import build, journal
 from launch import services as services_lib
@@ -133,6 +133,12 @@ class Recorder:
         **self.training_yield.values(),
         **self.stability.values(),
         **self._live_values(),
+        **drafting.values(
+          {
+            name: self._grown(name, engine.get(name, 0))
+            for name in drafting.TOTALS
+          }
+        ),
         **queue.curated(),
         names.DRIFT: queue.meter.drift,
         names.DRIFT_LENGTH: queue.meter.by_feature["length"],

@@ -22,9 +22,10 @@ class EngineConfig:
   prefill_patience: int = 4  # decode steps a part-filled prefill step waits
   decode_steps: int = 4  # tokens decoded at once while nobody waits
   step_tokens: int = 0  # most tokens of a step; 0: as many as fit its shapes
-  # Most tokens that a model's modules draft for a step, where that pays; 0:
-  # none, and the modules are not taken in.
+  # Most tokens that a model's modules draft for a step; 0: none, and the
+  # modules are not taken in.
   draft_tokens: int = 3
+  draft_adaptive: bool = True  # fewer, or none, where that is faster
   most_waiting: int = 8192  # requests in the queue; more are refused
   reuse: bool = True  # whether requests share what is cached
   # What new weights do to requests that have sampled tokens: "keep" what older

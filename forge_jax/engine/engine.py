@@ -65,7 +65,9 @@ class JaxEngine:
     self._grammars = grammars
     self._runner = runner_lib.Runner(decoder, config)
     self._speculation = speculation.Speculation(
-      config.decode_rows, config.draft_tokens if self._runner.modules else 0
+      config.decode_rows,
+      config.draft_tokens if self._runner.modules else 0,
+      adaptive=config.draft_adaptive,
     )
     self._scheduler = scheduler_lib.Scheduler(
       scheduler_lib.SchedulerConfig(

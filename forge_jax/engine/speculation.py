@@ -32,13 +32,17 @@ _LEAST_GAIN = 1.02  # of what a length is worth over a plain step
 class Speculation:
   """Measures steps that decode, and says how many tokens to draft."""
 
-  def __init__(self, buckets: Sequence[int], most: int):
+  def __init__(
+    self, buckets: Sequence[int], most: int, *, adaptive: bool = True
+  ):
     """Knows nothing yet.
 
     Args:
       buckets: numbers of sequences that steps are compiled for, ascending.
       most: the largest number of drafts; 0: there is nothing that drafts.
+      adaptive: whether fewer than that are drafted where it is faster.
     """
+    self._adaptive = adaptive
     self._rows = list(buckets)
     self._buckets = [_Bucket(most) for _ in buckets]
     self._most = most
@@ -50,6 +54,8 @@ class Speculation:
     """How many tokens to draft for each of `rows` sequences."""
     if not self._most or not rows:
       return 0
+    if not self._adaptive:
+      return self._most
     bucket = self._bucket(rows)
     overdue = bucket.overdue()
     if overdue is not None:

@@ -45,6 +45,13 @@ WATCH_LENGTH_DRIFT = "watch/length_drift"  # episodes' length / that at first
 # Of each reward: correlation of its mean with success over recent steps, -1..1
 WATCH_CORRELATION = "watch/correlation"
 
+# What drafting did to the engine's decoding steps since the last step.
+SPECULATION_LENGTH = "speculation/acceptance_length"  # tokens a sequence went
+# on by in a step that verified drafts
+SPECULATION_ACCEPTED = "speculation/accepted"  # share of drafted tokens, 0..1
+SPECULATION_DRAFTS = "speculation/drafts"  # a sequence and step, 0 included
+SPECULATION_SPEEDUP = "speculation/speedup"  # over plain steps, as estimated
+
 TREE_REQUEST_TOKENS = "tree/request_tokens"  # before merging, in the step
 TREE_UNIQUE_TOKENS = "tree/unique_tokens"  # after merging, in the step
 TREE_MERGE_RATIO = "tree/merge_ratio"  # request tokens / unique tokens

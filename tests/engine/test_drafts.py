@@ -23,7 +23,6 @@ from forge_jax.engine import (
   engine,
   runner,
   sampling,
-  speculation,
   weights,
 )
 from forge_jax.model import decoder as decoder_lib
@@ -140,12 +139,6 @@ def text(ids):
   return "".join(f"<{i}>" for i in ids)
 
 
-def always(monkeypatch, length):
-  monkeypatch.setattr(
-    speculation.Speculation, "length", lambda self, rows: length
-  )
-
-
 ASKED = (
   {"temperature": 0.0},
   {},
@@ -170,12 +163,13 @@ ASKED = (
   ],
 )
 async def test_drafts_change_no_token_and_no_log_probability(
-  plain, monkeypatch, modules, length, changes
+  plain, modules, length, changes
 ):
-  always(monkeypatch, length)
   made = engine.JaxEngine(
     drafting(modules),
-    dataclasses.replace(CONFIG, **changes),
+    dataclasses.replace(
+      CONFIG, draft_tokens=length, draft_adaptive=False, **changes
+    ),
     decode_text=text,
   )
   made.start()
@@ -204,12 +198,14 @@ async def test_drafts_change_no_token_and_no_log_probability(
     made.stop()
 
 
-async def test_what_is_cached_drafts_as_well_as_what_is_computed(monkeypatch):
-  always(monkeypatch, 2)
+async def test_what_is_cached_drafts_as_well_as_what_is_computed():
   accepted = []
   for reuse in (True, False):
     made = engine.JaxEngine(
-      drafting(2), dataclasses.replace(CONFIG, reuse=reuse)
+      drafting(2),
+      dataclasses.replace(
+        CONFIG, draft_tokens=2, draft_adaptive=False, reuse=reuse
+      ),
     )
     made.start()
     try:
@@ -227,10 +223,10 @@ async def test_what_is_cached_drafts_as_well_as_what_is_computed(monkeypatch):
   assert accepted[0] == accepted[1] and accepted[0][0] > 0
 
 
-async def test_new_weights_in_flight_are_the_later_tokens_policy(monkeypatch):
-  always(monkeypatch, 3)
+async def test_new_weights_in_flight_are_the_later_tokens_policy():
   made = engine.JaxEngine(
-    drafting(1), dataclasses.replace(CONFIG, on_update="recompute")
+    drafting(1),
+    dataclasses.replace(CONFIG, draft_adaptive=False, on_update="recompute"),
   )
   made.start()
   new = drafting(1, seed=1)

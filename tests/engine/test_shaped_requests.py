@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from forge_jax import errors, types
-from forge_jax.engine import api, config, engine, grammar, speculation
+from forge_jax.engine import api, config, engine, grammar
 from forge_jax.model import decoder as decoder_lib
 from forge_jax.model import mtp
 
@@ -190,12 +190,11 @@ async def test_plain_neighbours_are_the_same_and_nothing_recompiles(running):
 
 
 async def test_drafts_change_nothing_under_a_grammar(
-  running, byte_tokenizer, byte_decoder, grammars, monkeypatch
+  running, byte_tokenizer, byte_decoder, grammars
 ):
-  monkeypatch.setattr(speculation.Speculation, "length", lambda self, rows: 2)
   made = engine.JaxEngine(
     mtp.grow(byte_decoder, 1, rngs=nnx.Rngs(params=1)),
-    dataclasses.replace(running.config, draft_tokens=2),
+    dataclasses.replace(running.config, draft_tokens=2, draft_adaptive=False),
     decode_text=byte_tokenizer.decode,
     grammars=grammars,
   )

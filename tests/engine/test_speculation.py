@@ -113,6 +113,12 @@ def test_short_rows_do_not_keep_a_length_on_trial():
   assert set(asked[30:]) == {0}
 
 
+def test_without_adapting_the_most_is_drafted():
+  made = speculation.Speculation((1, 4), 3, adaptive=False)
+  made.record([3], [[1]], 100.0)
+  assert [made.length(rows) for rows in (0, 1, 4)] == [0, 3, 3]
+
+
 def test_nothing_that_drafts_is_never_asked_to():
   made = speculation.Speculation((4,), 0)
   made.record([0], [[1]], 1.0)
