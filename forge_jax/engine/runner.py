@@ -65,7 +65,9 @@ class Runner:
     )
     self._compiled = 0  # traces of the functions below
     self._run = jax.jit(
-      self._run_fn, static_argnames=("filtered", "shaped"), donate_argnums=(1,)
+      self._run_fn,
+      static_argnames=("filtered", "shaped"),
+      donate_argnums=(1, 2),
     )
     self._draft = jax.jit(
       self._draft_fn, static_argnames=("count", "filtered"), donate_argnums=(1,)

@@ -100,6 +100,13 @@ def test_drafts_are_what_the_modules_say_on_the_whole_sequence(modules):
     assert drafts == greedy_drafts(model, [*prompt, token], 3)
 
 
+def test_pages_are_updated_in_place():
+  made = runner.Runner(drafting(2), CONFIG)
+  before = jax.tree.leaves((made._pages.layers, made._pages.modules))
+  made.run([], [row(prompts(1)[0][:16])])
+  assert all(x.is_deleted() for x in before)
+
+
 @pytest.mark.parametrize("by", ["arrays", "folder"])
 def test_new_weights_bring_their_modules(tmp_path, by):
   made, new = runner.Runner(drafting(2), CONFIG), drafting(2, seed=5)
