@@ -18,13 +18,16 @@ from tiny_engine import (
 
 from forge_jax import types
 from forge_jax.engine import (
+  attention,
   batch,
   config,
+  drafts,
   engine,
   runner,
   sampling,
   weights,
 )
+from forge_jax.engine import pages as pages_lib
 from forge_jax.model import decoder as decoder_lib
 from forge_jax.model import mtp, published, rope
 
@@ -83,9 +86,9 @@ def drafts_of(made, prompt, count):
   token = int(first.token_R[len(blocks) - 1])
   seen = []
 
-  def shapes(drafts):
-    seen.extend(drafts)
-    return [None] * (1 + len(drafts))
+  def shapes(drafted):
+    seen.extend(drafted)
+    return [None] * (1 + len(drafted))
 
   made.run([row([token], len(prompt), drafts=count, shapes=shapes)], [])
   return [token, *seen]
@@ -96,8 +99,31 @@ def test_drafts_are_what_the_modules_say_on_the_whole_sequence(modules):
   model = drafting(modules)
   made = runner.Runner(model, CONFIG)
   for prompt in prompts(2, length=21):
-    token, *drafts = drafts_of(made, prompt, 3)
-    assert drafts == greedy_drafts(model, [*prompt, token], 3)
+    token, *drafted = drafts_of(made, prompt, 3)
+    assert drafted == greedy_drafts(model, [*prompt, token], 3)
+
+
+@pytest.mark.parametrize("modules", [1, 2])
+def test_upkeep_of_the_last_module_has_no_attention(modules):
+  model = drafting(modules)
+  unrolled = decoder_lib.UnrolledDecoder(model, modules)
+  pages = pages_lib.Pages(model.config, CONFIG, "xla", model.dtype, modules)
+  rows = batch.make([row([1], 5)], [], 8, 0, CONFIG).decode
+
+  def keep(caches, hidden_TD, rows):
+    at, before = (rows.places(8, 10, back) for back in range(2))
+    none = jax.tree.map(lambda x: x[:0], rows)
+    attends = [
+      attention.Paged("xla", cache.layer, at, rows, none) for cache in caches
+    ]
+    tokens, position = rows.token_RW[:, 0], rows.position_RW[:, 0]
+    return drafts.keep(
+      unrolled, caches, attends, tokens, position, hidden_TD, at, before
+    )
+
+  lowered = jax.jit(keep).lower(pages.modules, jnp.zeros((8, 32)), rows)
+  # Attention is a loop over pages.
+  assert lowered.compile().as_text().count(" while(") == modules - 1
 
 
 def test_pages_are_updated_in_place():
@@ -119,8 +145,8 @@ def test_new_weights_bring_their_modules(tmp_path, by):
   received = weights.receive(version, made.model, made.dtype)
   made.set_weights(made.prepare(received))
   [prompt] = prompts(1, length=21)
-  token, *drafts = drafts_of(made, prompt, 3)
-  assert drafts == greedy_drafts(new, [*prompt, token], 3)
+  token, *drafted = drafts_of(made, prompt, 3)
+  assert drafted == greedy_drafts(new, [*prompt, token], 3)
 
 
 def test_modules_that_no_drafts_are_wanted_of_are_left_out():
