@@ -17,6 +17,7 @@ from forge_jax.gateway import lark, refusal
 LARK = "x-lark"  # keyword of a text's schema: its grammar
 _NAME = re.compile(r"[\w.-]+")  # what can stand in a call unquoted
 _NAMED, _ARGUMENTS, _KEY, _VALUE = "\0name", "\0arguments", "\0key", "\0value"
+_TEXT = "\0text"  # any
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -31,7 +32,9 @@ class Syntax:
   closing: str = ""  # after the last call
   quoted: bool = False  # the name is a JSON string
   only_one: bool = False
-  text: str = lark.TEXT  # content that is no call
+  lead: str = ""  # what a reply begins with, if it is not reasoning in tags
+  content: str = _TEXT  # with its text
+  text: str = lark.TEXT  # of content that is no call
   marks: tuple[str, ...] = ()  # which must be special tokens of the tokenizer
   tags: tuple[str, ...] = ()  # which may be
 
@@ -63,9 +66,21 @@ class Syntax:
     calls = one
     if not (once or self.only_one):
       calls = f"{one} ({writer.spell(self.between)} {one})*"
-    begin = writer.until if after_text else writer.spell
-    pieces = (begin(self.opening), calls, writer.spell(self.closing))
+    opening = writer.spell(self.opening)
+    if after_text and self.content == _TEXT:
+      opening = writer.until(self.opening)
+    elif after_text and self.opening == self.content.replace(_TEXT, ""):
+      opening = self.said(writer, f"{self.text}?")
+    pieces = (opening, calls, writer.spell(self.closing))
     return writer.rule(" ".join(piece for piece in pieces if piece))
+
+  def said(self, writer: lark.Writer, text: str) -> str:
+    """Content whose text is of a rule."""
+    return _filled(writer, self.content, text)
+
+  def begun(self, writer: lark.Writer) -> str:
+    """Adds the rule of a reply's `lead`, as long as the model likes."""
+    return writer.rule(_filled(writer, self.lead, f"{self.text}?"))
 
   def _call(
     self,
@@ -128,6 +143,12 @@ class Syntax:
       )
       pairs.append(writer.rule(body) + ("" if key in required else "?"))
     return " ".join(pairs)
+
+
+def _filled(writer: lark.Writer, around: str, text: str) -> str:
+  """What stands around a text, and the text, as a rule's body."""
+  before, _, after = around.partition(_TEXT)
+  return f"{writer.spell(before)} {text} {writer.spell(after)}".strip()
 
 
 def _end(tail: str) -> tuple[str, str]:
@@ -261,6 +282,20 @@ _FAMILIES: Mapping[str, Syntax] = {
   "laguna-xs.2": _GLM_4,
   "laguna-s-2.1": _GLM_5,
   "laguna-xs-2.1": _GLM_5,
+  "gpt-oss": Syntax(
+    f"<|channel|>commentary to=functions.{_NAMED} <|constrain|>json<|message|>"
+    f"{_ARGUMENTS}",
+    only_one=True,
+    lead=f"{_TEXT}<|end|><|start|>assistant",
+    content=f"<|channel|>final<|message|>{_TEXT}",
+    marks=(
+      "<|channel|>",
+      "<|constrain|>",
+      "<|message|>",
+      "<|end|>",
+      "<|start|>",
+    ),
+  ),
   "hy3": Syntax(
     f"<tool_call{_HY3}{_NAMED}<tool_sep{_HY3}\n{_ARGUMENTS}</tool_call{_HY3}",
     pair=f"<arg_key{_HY3}{_KEY}</arg_key{_HY3}\n"
@@ -283,6 +318,21 @@ _FAMILIES: Mapping[str, Syntax] = {
     closing="</minimax:tool_call>",
     marks=("<minimax:tool_call>", "</minimax:tool_call>"),
   ),
+  "inkling": Syntax(
+    f"<|message_model|>{_NAMED}<|content_invoke_tool_json|>"
+    f'{{"name":"{_NAMED}","args":{_ARGUMENTS}}}<|end_message|>',
+    opening="<|content_text|><|end_message|>",
+    between="",
+    lead=f"<|content_thinking|>{_TEXT}<|end_message|><|message_model|>",
+    content=f"<|content_text|>{_TEXT}<|end_message|>",
+    marks=(
+      "<|message_model|>",
+      "<|content_invoke_tool_json|>",
+      "<|content_text|>",
+      "<|content_thinking|>",
+      "<|end_message|>",
+    ),
+  ),
   "kimi-k2": _KIMI,
   "kimi-k2.5": _KIMI,
   "deepseek-v3": _DEEPSEEK,
@@ -304,7 +354,9 @@ _FAMILIES: Mapping[str, Syntax] = {
   ),
 }
 # Families whose content is the reply's text, after the reasoning.
-_PLAIN = frozenset({"default", *_FAMILIES})
+_PLAIN = frozenset(
+  {"default", *(f for f, syntax in _FAMILIES.items() if not syntax.lead)}
+)
 CHANNEL = "<|channel|>"  # of formats whose content is one of several channels
 
 

@@ -95,7 +95,8 @@ def check(
       raise _unknown(_param(wanted), "tool calls", renderer)
     if wanted.schema is not None and not (wanted.must_call or syntax.marks):
       raise _unknown(wanted.schema_param, "content beside tools", renderer)
-  if wanted.schema is not None and not renderer.content_is_plain:
+  marked = renderer.call_syntax is not None and renderer.call_syntax.lead
+  if wanted.schema is not None and not (marked or renderer.content_is_plain):
     raise _unknown(wanted.schema_param, "content", renderer)
 
 
@@ -119,12 +120,14 @@ def grammar(
     wanted.of_calls or wanted.schema is not None or (wanted.lark and bare)
   ):
     return None
-  marks = syntax.marks if syntax is not None and tools else ()
+  lead = syntax is not None and bool(syntax.lead)
+  marks = syntax.marks if syntax is not None and (tools or lead) else ()
   writer = lark.Writer({mark: renderer.special[mark] for mark in marks})
   options = []
   if wanted.schema is not None and not wanted.must_call:
     blame = (wanted.schema_param, "the schema")
-    options.append(writer.json(wanted.schema, blame))
+    content = writer.json(wanted.schema, blame)
+    options.append(syntax.said(writer, content) if syntax else content)
   if callable := [
     _with_grammars(tool, wanted.lark) if bare else tool
     for tool in tools
@@ -132,7 +135,7 @@ def grammar(
   ]:
     free = not wanted.must_call and wanted.schema is None
     if free:
-      options.append(f"{syntax.text}?")
+      options.append(syntax.said(writer, f"{syntax.text}?"))
     after_text = free and bool(syntax.marks)
     options.append(
       syntax.calls(
@@ -144,7 +147,10 @@ def grammar(
       )
     )
   reply = writer.rule(" | ".join(options))
-  reasoning = _reasoning(writer, renderer, prompt_ids, marks[:1])
+  if lead:
+    reasoning = syntax.begun(writer)
+  else:
+    reasoning = _reasoning(writer, renderer, prompt_ids, marks[:1])
   return Grammar(
     writer.text(f"{reasoning} {reply}"), writer.blame, _param(wanted)
   )

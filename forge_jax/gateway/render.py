@@ -252,16 +252,20 @@ class Renderer:
     if last is not None and last == self.think_open_id:
       # All that tells; some parsers do not find it behind a tool's result.
       prompt_ids = (self.think_open_id,)
+    stop = list(response_ids[len(ids) :][:1])
+    if stop and self._in_channels:  # whichever it is, it ends a call
+      stop = [self.special.get("<|call|>", stop[0])]
     try:
       parsed = self._family.parse_response(
-        list(response_ids[: len(ids) + 1]),  # in gpt-oss its stop ends a call
+        [*ids, *stop],
         tools=list(tools) or None,
         prompt_ids=_listed(prompt_ids),
       )
     except (ValueError, TypeError, KeyError, RecursionError):
       # Some parsers fail on what a model in training may well sample.
       return Reply(self.decode(ids), malformed=bool(tools))
-    calls = [_tool_call(call, tools) for call in parsed.tool_calls]
+    read = [(c, parsed_calls.arguments(c, tools)) for c in parsed.tool_calls]
+    calls = [said and ToolCall(call.name, said, call.id) for call, said in read]
     if calls and (not tools or None in calls):
       content = self.decode(ids)
       if self._reasons(prompt_ids, ids):
@@ -391,10 +395,3 @@ class Renderer:
 
 def _listed(ids: Ids) -> list[int]:
   return ids.tolist() if isinstance(ids, np.ndarray) else list(ids)
-
-
-def _tool_call(
-  call: renderers.ParsedToolCall, tools: types.Messages
-) -> ToolCall | None:
-  arguments = parsed_calls.arguments(call, tools)
-  return arguments and ToolCall(call.name, arguments, call.id)

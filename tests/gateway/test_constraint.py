@@ -20,7 +20,7 @@ MESSAGES = [{"role": "user", "content": "Go."}]
 SHORT = {"type": "string", "maxLength": 4}
 # By a vocabulary of words; every other family by one of bytes.
 OF_WORDS = ("default", "qwen3", "qwen3.5")
-UNKNOWN = {"gemma4", "gpt-oss", "inkling"}
+UNKNOWN = {"gemma4"}
 FAMILIES = [
   "default",
   *(f for f in family_models.FAMILIES if f not in UNKNOWN),
@@ -164,7 +164,7 @@ def test_calls_of_strict_tools_follow_their_schema(models, name):
   strict = {t["function"]["name"]: t["function"]["parameters"] for t in TOOLS}
   wanted = constraint.Constraint(strict=strict)
   kinds = set()
-  for seed in range(25):
+  for seed in range(6 if name == "gpt-oss" else 25):  # its vocabulary is large
     reply, said = models(name).reply(wanted, TOOLS, seed, think=0.3)
     kinds.add(bool(reply.tool_calls))
     assert not reply.malformed, said
