@@ -10,7 +10,7 @@ Hardware: two CPU cores, a minute a seed.
 Result:   docs/results/reward_to_go.md. Yes, with a baseline for each step: 0.78,
           0.64, 0.60 of the variance with 2, 4, 8 requests. With one baseline for
           all steps reward-to-go is much worse than the outcome alone: 1.8, 4.1,
-          10.0 times its variance.
+          10.0 times its variance. (GROUPS = 48, seed 0.)
 
 A small decoder with random weights samples the episodes itself, so that
 importance ratios are 1: each request is REQUEST tokens, followed by tokens of

@@ -134,7 +134,7 @@ async def test_answers_are_judged_by_what_they_mean(sandbox):
     "9**9**9**9**9": False,  # never ends: the others do not wait for ever
   }
   cases = {k: task.payload[k] for k in ("dataset", "level", "item")}
-  judging = judge.Judge(sandbox, seconds=1.0)
+  judging = judge.Judge(sandbox, seconds=5.0)
   async with asyncio.TaskGroup() as group:
     runs = {
       answer: group.create_task(judging.is_right(cases | {"answer": answer}))
