@@ -27,7 +27,11 @@ def get_config() -> ml_collections.ConfigDict:
   )
   config.engine = ml_collections.ConfigDict(
     settings.defaults(
-      engine_config.EngineConfig, context=2048, slots=16, decode_rows=(1, 16)
+      engine_config.EngineConfig,
+      context=2048,
+      slots=16,
+      decode_rows=(1, 16),
+      warm_shaped=True,
     )
   )
   config.server = ml_collections.ConfigDict(

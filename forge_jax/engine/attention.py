@@ -183,27 +183,20 @@ def _by_pages(
   q = q.reshape(R, K, -1, C) * jnp.asarray(C**-0.5, q_RWHC.dtype)
   # Each query's position, in the order of q's rows.
   at_RG = jnp.repeat(rows.position_RW, H // K, axis=1)
-  one_token = W == 1
 
   def body(n, state):
     peak, total, o = state
     page_R = jax.lax.dynamic_index_in_dim(rows.table_RN, n, 1, keepdims=False)
     k, v = (x.at[page_R].get(mode="clip") for x in (k_PKSC, v_PKSC))
-    if one_token:  # products of so few rows are faster as sums
-      scores = (q[:, :, :, None] * k[:, :, None]).sum(-1, dtype=wide)
-    else:
-      scores = jnp.einsum("rkgc,rksc->rkgs", q, k, preferred_element_type=wide)
+    scores = jnp.einsum("rkgc,rksc->rkgs", q, k, preferred_element_type=wide)
     seen = (n * S + jnp.arange(S))[None, None] <= at_RG[:, :, None]
     scores = jnp.where(seen[:, None], scores, -jnp.inf)
     new_peak = jnp.maximum(peak, scores.max(-1))
     mass = jnp.exp(scores - new_peak[..., None])
     keep = jnp.exp(peak - new_peak)
-    if one_token:
-      part = (mass[..., None] * v[:, :, None].astype(wide)).sum(-2)
-    else:
-      part = jnp.einsum(
-        "rkgs,rksc->rkgc", mass.astype(v.dtype), v, preferred_element_type=wide
-      )
+    part = jnp.einsum(
+      "rkgs,rksc->rkgc", mass.astype(v.dtype), v, preferred_element_type=wide
+    )
     return new_peak, total * keep + mass.sum(-1), o * keep[..., None] + part
 
   shape = q.shape[:-1]

@@ -31,11 +31,6 @@ class Row:
   # after each draft; None: the logits as they are.
   shapes: Shapes | None = None
 
-  @property
-  def filtered(self) -> bool:
-    """Whether it limits top-k, top-p or min-p."""
-    return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
-
 
 class Draw(NamedTuple):
   """How each row's tokens are drawn; see `sampling.sample`."""
@@ -154,7 +149,8 @@ def make(
   """Arrays of the given sizes; padding has no tokens."""
   size = size_D + size_B
   seed, top_k = np.zeros(size, np.uint32), np.zeros(size, np.int32)
-  temperature, top_p, min_p = np.zeros((3, size), np.float32)
+  temperature, min_p = np.zeros((2, size), np.float32)
+  top_p = np.ones(size, np.float32)
   for first, rows in ((0, decode), (size_D, blocks)):
     for i, row in enumerate(rows, first):
       seed[i], top_k[i] = row.seed, row.top_k

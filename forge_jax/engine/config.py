@@ -11,7 +11,7 @@ class EngineConfig:
 
   slots: int = 64  # most sequences that are sampled at once
   context: int = 512  # most tokens of a sequence, prompt and response
-  page: int = 32  # tokens of a cache page
+  page: int = 64  # tokens of a cache page
   cache_tokens: int = 0  # most tokens cached; 0: every slot's whole context
   host_cache_tokens: int = 0  # most tokens kept in host memory when evicted
   decode_rows: tuple[int, ...] = (1, 8, 64)  # buckets of a step's decoding rows
@@ -26,6 +26,9 @@ class EngineConfig:
   # modules are not taken in.
   draft_tokens: int = 3
   draft_adaptive: bool = True  # fewer, or none, where that is faster
+  # Whether what grammars, penalties, biases and alternatives need is compiled at
+  # the start, not when a request first asks for it.
+  warm_shaped: bool = False
   most_waiting: int = 8192  # requests in the queue; more are refused
   reuse: bool = True  # whether requests share what is cached
   # What new weights do to requests that have sampled tokens: "keep" what older

@@ -14,7 +14,7 @@ Invariants:
     has room for four blocks at least: the products then go the same way.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 import dataclasses
 
 from flax import nnx
@@ -64,17 +64,11 @@ class Runner:
       self.model, config, self._kind, self.dtype, self.modules
     )
     self._compiled = 0  # traces of the functions below
-    self._run = jax.jit(
-      self._run_fn,
-      static_argnames=("filtered", "shaped"),
-      donate_argnums=(1, 2),
-    )
+    self._run = jax.jit(self._run_fn, donate_argnums=(1, 2))
     self._draft = jax.jit(
-      self._draft_fn, static_argnames=("count", "filtered"), donate_argnums=(1,)
+      self._draft_fn, static_argnames=("count",), donate_argnums=(1,)
     )
-    self._sample = jax.jit(
-      self._sample_fn, static_argnames=("filtered", "tops")
-    )
+    self._sample = jax.jit(self._sample_fn)
     self._prepare = jax.jit(self._prepare_fn)
     self.set_weights(self.prepare(state))
 
@@ -117,33 +111,25 @@ class Runner:
     batch = batch_lib.make(
       decode, blocks, *self._bucket(len(decode), len(blocks)), self.config
     )
-    rows = (*decode, *blocks)
-    filtered = any(row.filtered for row in rows)
-    shaped = any(row.shapes is not None for row in rows)
+    shaped = any(row.shapes is not None for row in (*decode, *blocks))
     count = max((row.drafts for row in decode), default=0)
     pages, results = self._pages, []
     for _ in range(decode_steps):
       if count:
         token_DW, pages.modules = self._draft(
-          self._weights, pages.modules, batch, count=count, filtered=filtered
+          self._weights, pages.modules, batch, count=count
         )
         batch = batch.of(token_DW)
-      result, pages.layers, pages.modules = self._run(
-        self._weights,
-        pages.layers,
-        pages.modules,
-        batch,
-        filtered=filtered and not shaped,
-        shaped=shaped,
+      result, logits_RV, pages.layers, pages.modules = self._run(
+        self._weights, pages.layers, pages.modules, batch
       )
       if shaped:
         shapes = batch.shapes(decode, blocks)
         result = self._sample(
-          result,
+          logits_RV,
           sampling_lib.stack(shapes, self.model.vocab_size),
+          np.array(any(shape is not None and shape.tops for shape in shapes)),
           batch,
-          filtered=filtered,
-          tops=any(shape is not None and shape.tops for shape in shapes),
         )
       *sampled, token_D1, start_D = result
       results.append(sampled)
@@ -164,14 +150,33 @@ class Runner:
     self._pages.move(moves)
 
   def warm_up(self) -> None:
-    """Compiles every shape of a plain step, without filters, and moves."""
+    """Compiles every shape of a step, and moves.
+
+    With `warm_shaped`, also what samples from edited logits, for as many edits
+    as a context has tokens.
+    """
     row = batch_lib.Row((0,), (0,), 0, 0, 1.0, 0, 1.0)
-    for size_D, size_B in self.config.shapes():
-      self.run([row] * size_D, [row] * size_B)
-    for size_D in self.config.decode_rows if self.modules else ():
-      for count in range(1, self.config.draft_tokens + 1):
-        self.run([dataclasses.replace(row, drafts=count)] * size_D, [])
+    for shapes in self._warm_shapes():
+      some = dataclasses.replace(row, shapes=shapes)
+      for size_D, size_B in self.config.shapes():
+        self.run([some] * size_D, [some] * size_B)
+      for size_D in self.config.decode_rows if self.modules else ():
+        for count in range(1, self.config.draft_tokens + 1):
+          self.run([dataclasses.replace(some, drafts=count)] * size_D, [])
     self._pages.warm_up()
+
+  def _warm_shapes(self) -> Iterator[batch_lib.Shapes | None]:
+    """What rows have for `shapes` in steps that between them compile all."""
+    if not self.config.warm_shaped:
+      yield None
+      return
+    token = np.arange(self.model.vocab_size, dtype=np.int32)
+    one = np.ones(len(token), np.float32)
+    for size in sampling_lib.edit_sizes():
+      shape = sampling_lib.Shape(token[:size], one[:size], 0 * one[:size])
+      yield lambda drafts, shape=shape: [shape] * (1 + len(drafts))
+      if size >= min(self.config.context, len(token)):
+        return
 
   def _bucket(self, decode: int, blocks: int) -> tuple[int, int]:
     """The smallest compiled shape that holds as many rows."""
@@ -193,8 +198,12 @@ class Runner:
     unrolled = nnx.state(self._unroll(stacked))
     return [jnp.copy(x) for x in jax.tree.leaves(unrolled)]
 
-  def _run_fn(self, weights, layers, modules, batch, *, filtered, shaped):
-    """Traced: writes the pages, attends over them; samples unless `shaped`."""
+  def _run_fn(self, weights, layers, modules, batch):
+    """Traced: writes the pages, attends over them, samples.
+
+    The logits are returned, too, to be edited and sampled from again where a
+    row has a shape.
+    """
     self._compiled += 1
     decoder, config = self._merge(weights), self.config
     padding = max(config.least_tokens - batch.size, 0)
@@ -221,30 +230,27 @@ class Runner:
     padding = max(config.least_tokens - len(last_R), 0)
     hidden_RD = jnp.pad(hidden_TD[last_R], ((0, padding), (0, 0)))
     logits_RV = decoder.logits(hidden_RD)
-    if shaped:
-      return logits_RV[: len(last_R)], layers, modules
-    args = (jnp.pad(x, (0, padding)) for x in batch.sample_args())
-    sampled = sampling_lib.sample(logits_RV, *args, filtered=filtered)
-    fields = [x[: len(last_R)] for x in sampled]
-    return _result(fields, batch.decode), layers, modules
+    # Padding repeats the last row: it limits nothing that no row limits.
+    args = (jnp.pad(x, (0, padding), "edge") for x in batch.sample_args())
+    sampled = sampling_lib.sample(logits_RV, *args)
+    *fields, logits_RV = (x[: len(last_R)] for x in (*sampled, logits_RV))
+    return _result(fields, batch.decode), logits_RV, layers, modules
 
-  def _sample_fn(self, logits_RV, shapes, batch, *, filtered, tops):
+  def _sample_fn(self, logits_RV, shapes, tops, batch):
     self._compiled += 1
     fields = sampling_lib.sample_shaped(
-      logits_RV, shapes, *batch.sample_args(), filtered=filtered, tops=tops
+      logits_RV, shapes, tops, *batch.sample_args()
     )
     return _result(fields, batch.decode)
 
-  def _draft_fn(self, weights, modules, batch, *, count, filtered):
+  def _draft_fn(self, weights, modules, batch, *, count):
     """Traced: drafts tokens; their keys and values are written, too."""
     self._compiled += 1
     rows = batch.decode
     seed_D, *rest = (x[: len(rows.start_R)] for x in batch.draw)
 
     def sample(logits_DV, position_D):
-      return sampling_lib.sample(
-        logits_DV, seed_D, position_D, *rest, filtered=filtered
-      )[0]
+      return sampling_lib.sample(logits_DV, seed_D, position_D, *rest)[0]
 
     return drafts.draft(
       self._merge(weights), self._kind, modules, rows, sample, count

@@ -186,6 +186,7 @@ class UnrolledDecoder(nnx.Module):
   """The same decoder with one module per layer, as an engine runs it.
 
   Unrolled, each layer's cache can be a buffer of its own, updated in place.
+  Projections of one input are joined to one matrix.
   """
 
   def __init__(self, decoder: Decoder, modules: int = 0):
@@ -205,6 +206,9 @@ class UnrolledDecoder(nnx.Module):
         for i in range(decoder.config.num_layers)
       ]
     )
+    for layer in self.layers:
+      layer.attention.join()
+      layer.mlp.join()
     self.final_norm = decoder.final_norm
     self.head = decoder.head
     self.mtp = nnx.List(list(decoder.mtp)[:modules])

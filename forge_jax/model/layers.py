@@ -5,6 +5,7 @@ a layer computes in the dtype of its input, norms and rotations in float32.
 """
 
 from collections.abc import Callable
+import itertools
 
 from flax import nnx
 import jax
@@ -32,12 +33,35 @@ class Linear(nnx.Module):
     self.bias = nnx.Param(jnp.zeros((outputs,))) if bias else None
 
   def __call__(self, x: jnp.ndarray) -> jnp.ndarray:
-    # As one matrix: on a CPU the kernel's gradient is twice as fast when it
-    # contracts one axis instead of several.
-    y = x.reshape(-1, x.shape[-1]) @ self.kernel[...].astype(x.dtype)
-    if self.bias is not None:
-      y = y + self.bias[...].astype(x.dtype)[None]
-    return y.reshape(*x.shape[:-1], -1)
+    return _affine(x, self.kernel, self.bias)
+
+
+def _affine(
+  x: jnp.ndarray, kernel: nnx.Param, bias: nnx.Param | None
+) -> jnp.ndarray:
+  # As one matrix: on a CPU the kernel's gradient is twice as fast when it
+  # contracts one axis instead of several.
+  y = x.reshape(-1, x.shape[-1]) @ kernel[...].astype(x.dtype)
+  if bias is not None:
+    y = y + bias[...].astype(x.dtype)[None]
+  return y.reshape(*x.shape[:-1], -1)
+
+
+class Joined(nnx.Module):
+  """Several linear maps of one input as one product, which is faster."""
+
+  def __init__(self, *linears: Linear):
+    join = lambda parts: jnp.concatenate([p[...] for p in parts], axis=-1)
+    self.kernel = nnx.Param(join([linear.kernel for linear in linears]))
+    biases = [linear.bias for linear in linears]
+    self.bias = None if biases[0] is None else nnx.Param(join(biases))
+    widths = [linear.kernel.shape[1] for linear in linears]
+    self.ends = tuple(itertools.accumulate(widths))
+
+  def __call__(self, x: jnp.ndarray) -> list[jnp.ndarray]:
+    """What each of the maps gives."""
+    y = _affine(x, self.kernel, self.bias)
+    return jnp.split(y, self.ends[:-1], axis=-1)
 
 
 class RMSNorm(nnx.Module):
@@ -72,6 +96,12 @@ class Attention(nnx.Module):
     self.query_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else None
     self.key_norm = RMSNorm(c.head_dim, c.norm_eps) if c.qk_norm else None
     self.head_dim = c.head_dim
+    self.joined = None  # query, key and value, once `join` was called
+
+  def join(self) -> None:
+    """Turns the projections of the input into one, for inference."""
+    self.joined = nnx.data(Joined(self.query, self.key, self.value))
+    del self.query, self.key, self.value
 
   def __call__(
     self, x: jnp.ndarray, angles: Angles, attend: Attend
@@ -79,8 +109,11 @@ class Attention(nnx.Module):
     def heads(y):
       return y.reshape(*y.shape[:-1], -1, self.head_dim)
 
-    q, k = heads(self.query(x)), heads(self.key(x))
-    v = heads(self.value(x))
+    if self.joined is None:
+      q, k, v = self.query(x), self.key(x), self.value(x)
+    else:
+      q, k, v = self.joined(x)
+    q, k, v = heads(q), heads(k), heads(v)
     if self.query_norm is not None:
       q, k = self.query_norm(q), self.key_norm(k)
     o = attend(rope.rotate(q, *angles), rope.rotate(k, *angles), v)
@@ -95,9 +128,19 @@ class Mlp(nnx.Module):
     self.gate = Linear(width, hidden, bias=bias, rngs=rngs)
     self.up = Linear(width, hidden, bias=bias, rngs=rngs)
     self.down = Linear(hidden, width, bias=bias, rngs=rngs)
+    self.joined = None  # gate and up, once `join` was called
+
+  def join(self) -> None:
+    """Turns gate and up into one projection, for inference."""
+    self.joined = nnx.data(Joined(self.gate, self.up))
+    del self.gate, self.up
 
   def __call__(self, x: jnp.ndarray) -> jnp.ndarray:
-    return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+    if self.joined is None:
+      gate, up = self.gate(x), self.up(x)
+    else:
+      gate, up = self.joined(x)
+    return self.down(jax.nn.silu(gate) * up)
 
 
 class DecoderLayer(nnx.Module):

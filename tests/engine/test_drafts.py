@@ -322,7 +322,6 @@ def test_the_distribution_is_the_policys_whatever_drafts():
       fill(5, jnp.int32),
       fill(0.95),
       fill(0.01),
-      filtered=True,
     )[0]
 
   draft = sample(q_V[None], 4)
@@ -342,7 +341,6 @@ def test_the_distribution_is_the_policys_whatever_drafts():
     kept = sampling._scaled(
       logits[None],
       *(jnp.full(1, x) for x in (0.9, 5, 0.95, 0.01)),
-      filtered=True,
     )
     return np.asarray(jax.nn.softmax(kept[0]))
 
@@ -367,7 +365,7 @@ def test_drafts_as_good_as_the_policy_are_all_accepted():
     jnp.ones(500),
     jnp.zeros(500),
   )
-  draft, _ = sampling.sample(logits, *args, filtered=False)
+  draft, _ = sampling.sample(logits, *args)
   token = jnp.stack([jnp.zeros_like(draft), draft], 1)
   sampled = jnp.stack([draft, jnp.zeros_like(draft)], 1)
   taken, _ = sampling.accepted(token, jnp.full(500, 2), sampled)

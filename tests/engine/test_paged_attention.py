@@ -1,6 +1,10 @@
 """Paged attention against dense attention over each sequence."""
 
+import functools
+
 import jax
+from jax._src import literals
+from jax.experimental.pallas.ops.tpu.ragged_paged_attention import kernel
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -50,9 +54,20 @@ def dense(q_LHC, k, v):
   return decoder_lib.causal_attend(q_LHC[None], k[None], v[None])[0]
 
 
-def test_xla_is_dense_attention_over_each_sequence():
+@pytest.fixture(params=attention.KINDS)
+def kind(request, monkeypatch):
+  """Each kind; what is for another platform is interpreted."""
+  if request.param != "xla":
+    interpreted = functools.partial(kernel.pl.pallas_call, interpret=True)
+    monkeypatch.setattr(kernel.pl, "pallas_call", interpreted)
+    # Asked for by the interpreter of constant indices, which have none.
+    monkeypatch.setattr(literals.TypedInt, "shape", (), raising=False)
+  return request.param
+
+
+def test_it_is_dense_attention_over_each_sequence(kind):
   lengths = (1, 8, 19, 30, 13)
-  cache, kept, tables = sequences("xla", lengths)
+  cache, kept, tables = sequences(kind, lengths)
   decode = rows(tables[:3], [0, 7, 18], [1, 1, 1], 1)
   # Two blocks of one sequence, and a part-filled one.
   blocks = rows(
@@ -60,7 +75,7 @@ def test_xla_is_dense_attention_over_each_sequence():
   )
   q = jax.random.normal(jax.random.key(9), (3 + 15 + 2, HEADS, CHANNELS))
   o = jax.jit(attention.attend, static_argnums=(0, 3))(
-    "xla", q, cache, KV_HEADS, decode, blocks
+    kind, q, cache, KV_HEADS, decode, blocks
   )
   checks = [
     *((i, i, start) for i, start in enumerate([0, 7, 18])),

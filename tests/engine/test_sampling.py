@@ -1,6 +1,6 @@
 """On-device sampling against the distributions it should follow."""
 
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,8 @@ import numpy as np
 
 from forge_jax.engine import api, sampling
 
-_SAMPLE = jax.jit(sampling.sample, static_argnames="filtered")
+_SAMPLE = jax.jit(sampling.sample)
+_FILTER = jax.jit(sampling._filter)
 
 
 def draw(
@@ -19,10 +20,11 @@ def draw(
   top_k=0,
   top_p=1.0,
   min_p=0.0,
-  filtered=False,
 ):
   logits_RV = jnp.tile(jnp.asarray(logits, jnp.float32)[None], (rows, 1))
-  fill = lambda value, dtype: jnp.full((rows,), value, dtype)
+  fill = lambda value, dtype: jnp.broadcast_to(
+    jnp.asarray(value, dtype), (rows,)
+  )
   return _SAMPLE(
     logits_RV,
     jnp.arange(rows, dtype=jnp.uint32),
@@ -31,7 +33,6 @@ def draw(
     fill(top_k, jnp.int32),
     fill(top_p, jnp.float32),
     fill(min_p, jnp.float32),
-    filtered=filtered,
   )
 
 
@@ -65,11 +66,11 @@ def test_temperature_scales_the_reported_distribution():
 
 def test_top_k_and_top_p_renormalise_what_they_keep():
   logits = jnp.log(jnp.asarray([0.5, 0.25, 0.15, 0.1]))
-  token_R, logprob_R = draw(logits, 500, top_k=2, filtered=True)
+  token_R, logprob_R = draw(logits, 500, top_k=2)
   assert set(np.asarray(token_R)) == {0, 1}
   expected = np.log([2 / 3, 1 / 3])[np.asarray(token_R)]
   np.testing.assert_allclose(logprob_R, expected, atol=1e-5)
-  token_R, _ = draw(logits, 500, top_p=0.8, filtered=True)
+  token_R, _ = draw(logits, 500, top_p=0.8)
   assert set(np.asarray(token_R)) == {0, 1, 2}
 
 
@@ -83,18 +84,14 @@ def test_a_row_does_not_depend_on_its_neighbours():
     jnp.ones(8),
     jnp.zeros(8),
   )
-  token_R, logprob_R = sampling.sample(logits_RV, *args, filtered=False)
+  token_R, logprob_R = sampling.sample(logits_RV, *args)
   back = [x[::-1] for x in args]
-  token_back, logprob_back = sampling.sample(
-    logits_RV[::-1], *back, filtered=False
-  )
+  token_back, logprob_back = sampling.sample(logits_RV[::-1], *back)
   np.testing.assert_array_equal(token_R, token_back[::-1])
   np.testing.assert_array_equal(logprob_R, logprob_back[::-1])
 
 
-_SAMPLE_SHAPED = jax.jit(
-  sampling.sample_shaped, static_argnames=("filtered", "tops")
-)
+_SAMPLE_SHAPED = jax.jit(sampling.sample_shaped)
 
 
 def shaped(logits_RV, shapes, *, temperature=1.0, min_p=0.0, tops=False):
@@ -102,14 +99,13 @@ def shaped(logits_RV, shapes, *, temperature=1.0, min_p=0.0, tops=False):
   return _SAMPLE_SHAPED(
     jnp.asarray(logits_RV, jnp.float32),
     sampling.stack(shapes, vocab),
+    tops,
     jnp.arange(rows, dtype=jnp.uint32),
     jnp.full(rows, 7),
     jnp.full(rows, temperature),
     jnp.zeros(rows, jnp.int32),
     jnp.ones(rows),
     jnp.full(rows, min_p),
-    filtered=min_p > 0,
-    tops=tops,
   )
 
 
@@ -139,14 +135,14 @@ def edited(logits, prompt, response, params):
 
 def test_min_p_keeps_what_is_likely_enough_beside_the_likeliest():
   logits = jnp.log(jnp.asarray([0.5, 0.25, 0.15, 0.1]))
-  token_R, logprob_R = draw(logits, 500, min_p=0.3, filtered=True)
+  token_R, logprob_R = draw(logits, 500, min_p=0.3)
   assert set(np.asarray(token_R)) == {0, 1, 2}
   expected = np.log([0.5 / 0.9, 0.25 / 0.9, 0.15 / 0.9])[np.asarray(token_R)]
   np.testing.assert_allclose(logprob_R, expected, atol=1e-5)
 
 
 def test_top_p_zero_keeps_the_likeliest():
-  token_R, logprob_R = draw([0.0, 2.0, 1.0], 50, top_p=0.0, filtered=True)
+  token_R, logprob_R = draw([0.0, 2.0, 1.0], 50, top_p=0.0)
   assert set(np.asarray(token_R)) == {1}
   np.testing.assert_allclose(logprob_R, 0.0, atol=1e-6)
 
@@ -155,8 +151,8 @@ def test_a_filter_of_another_row_cuts_no_tail():
   logits = np.full(600, -20.0)
   logits[0] = 0.0  # the tail's cumulative probability rounds to one
   _, plain = draw(logits, 3)
-  _, filtered = draw(logits, 3, filtered=True)
-  np.testing.assert_array_equal(plain, filtered)
+  _, beside = draw(logits, 3, top_k=[0, 0, 5])
+  np.testing.assert_array_equal(plain[:2], beside[:2])
 
 
 @given(data=st.data())
@@ -204,7 +200,7 @@ def test_only_allowed_tokens_are_drawn_and_their_mass_is_one():
   bits = np.zeros(704, np.uint8)
   bits[some] = 1
   words = np.packbits(bits, bitorder="little").view(np.uint32)
-  token_R, logprob_R = shaped(
+  token_R, logprob_R, *_ = shaped(
     np.tile(logits, (rows, 1)), [shape(allowed=words)] * rows
   )
   expected = logits[some] - np.logaddexp.reduce(logits[some])
@@ -240,3 +236,30 @@ def test_a_lone_allowed_token_is_certain_at_any_temperature():
 
 def test_a_request_that_changes_nothing_has_no_shape():
   assert shape(prompt=[1], response=[2], temperature=0.5, min_p=0.1) is None
+
+
+@given(data=st.data())
+@settings(max_examples=30, deadline=None)
+def test_limits_keep_what_a_sort_keeps(data):
+  some = st.floats(-30, 30, width=32)
+  vocab = 40
+  logits = np.array(
+    data.draw(st.lists(some, min_size=vocab, max_size=vocab)), np.float32
+  )
+  top_k = data.draw(st.integers(0, 50))
+  top_p = data.draw(st.sampled_from([0.0, 0.2, 0.5, 0.9, 0.99, 1.0]))
+  min_p = data.draw(st.sampled_from([0.0, 0.01, 0.3]))
+  limits = ([top_k], [top_p], [min_p])
+  found = _FILTER(jnp.asarray(logits)[None], *map(jnp.asarray, limits))[0]
+  ordered = np.sort(logits.astype(np.float64))[::-1][: top_k or vocab]
+  mass = np.exp(ordered - ordered[0])
+  before = (np.cumsum(mass) - mass) / mass.sum()
+  floor = ordered[max((before < top_p).sum(), 1) - 1 if top_p < 1 else -1]
+  with np.errstate(divide="ignore"):
+    floor = max(floor, np.float32(ordered[0]) + np.log(np.float32(min_p)))
+  clear = np.abs(logits - floor) > 1e-4  # what rounding cannot decide
+  assume((np.abs(before - top_p) > 1e-5).all())
+  np.testing.assert_array_equal(
+    np.isfinite(found)[clear], (logits >= floor)[clear]
+  )
+  assert np.isfinite(found)[logits.argmax()]

@@ -1,5 +1,7 @@
 """The decoder's own properties; its numbers are in test_golden.py."""
 
+import dataclasses
+
 from flax import nnx
 import jax
 import jax.numpy as jnp
@@ -54,7 +56,12 @@ def test_causality_by_zero_gradients():
 
 
 def test_unrolled_layers_compute_what_scanned_ones_do():
-  made, some = decoder(), tokens()
+  config = dataclasses.replace(CONFIG, mlp_bias=True)
+  made = decoder_lib.Decoder(config, rngs=nnx.Rngs(params=0))
+  keys = iter(jax.random.split(jax.random.key(2), 100))
+  random = lambda x: x + 0.3 * jax.random.normal(next(keys), x.shape)
+  nnx.update(made, jax.tree.map(random, nnx.state(made)))  # biases, too
+  some = tokens()
   unrolled = decoder_lib.UnrolledDecoder(made)
   position = jnp.broadcast_to(jnp.arange(9)[None], (2, 9))
   hidden = unrolled.hidden(some, position, [decoder_lib.causal_attend] * 3)
