@@ -16,7 +16,8 @@ TEST_NEEDS := $(LIBTPU)/.installed $(CUDA)/.installed $(AGENTS_STAMP) \
 EXPERIMENT := experiments/word_problems_smollm2.py
 # Those that every machine can run.
 BENCHMARKS := experiments/benchmarks/tree.py experiments/benchmarks/update.py \
-  experiments/benchmarks/gateway.py experiments/benchmarks/pool.py
+  experiments/benchmarks/gateway.py experiments/benchmarks/pool.py \
+  experiments/benchmarks/engine.py
 
 .PHONY: help demo test lint format bench clean
 
