@@ -46,7 +46,7 @@ CONFIG = {
   "slots": 32,
   "context": 512,
   "decode_rows": BATCHES,
-  "prefill_rows": (16,),
+  "prefill_rows": (8, 16),
   "prefill_patience": 0,
   "warm_shaped": True,
 }
