@@ -4,7 +4,7 @@ Question: over 50 RL steps, how many tokens does a sequence go on by in a step
 that verifies three drafts, where the module is trained along and where it is
 left as it was?
 
-Command:  python -m experiments.mtp_online --draw --folder=docs/results
+Command:  python -m experiments.mtp_online --picture --folder=docs/results
 Hardware: two CPU cores, four minutes when they are idle.
 Result:   2.13 tokens a step before RL; after 50 steps 2.52 trained along,
           1.79 left as it was (means of five steps), while the reward went from
@@ -13,9 +13,8 @@ Result:   2.13 tokens a step before RL; after 50 steps 2.52 trained along,
           2026-11-25).
 
 A model of 2.5M parameters learns to list random words, letter by letter, from
-scratch, and its one module with it. RL then rewards alphabetical order, which
-takes the policy far from what the module was trained on. One run shows both
-arms: what is drafted changes no sampled token (docs/rollout_engine.md), so every
+scratch, and its one module with it. RL then rewards alphabetical order: the
+policy moves away from what the module was trained on. One run shows both arms: what is drafted changes no sampled token (docs/rollout_engine.md), so every
 step's requests run a second time with the first module instead of the trained
 one.
 """
@@ -52,7 +51,6 @@ _PRETRAIN = flags.DEFINE_integer(
 _FIRST = flags.DEFINE_string(
   "first", "/tmp/mtp_online_first.npz", "weights before RL"
 )
-_DRAW = flags.DEFINE_bool("draw", False, "write the picture to --folder")
 MODEL_PATH = flags.DEFINE_string(
   "model", "/tmp/mtp_online.npz", "where the trained weights go"
 )
@@ -345,7 +343,7 @@ def main(argv: Sequence[str]) -> None:
   RESULT.parent.mkdir(parents=True, exist_ok=True)
   RESULT.write_text(json.dumps(result, indent=1) + "\n")
   print(json.dumps({k: v for k, v in result.items() if k != "steps"}))
-  if _DRAW.value:
+  if drawing.PICTURE.value:
     drawing.write("mtp_online", picture(result["steps"]))
 
 

@@ -7,7 +7,7 @@ strays from what was asked for?
 
 Command:  python -m experiments.windowed_fifo            # a table a workload
           python -m experiments.windowed_fifo --json     # one line a policy
-          python -m experiments.windowed_fifo --draw     # the pictures
+          python -m experiments.windowed_fifo --picture     # the pictures
           python -m experiments.windowed_fifo --tasks=800000 \
             --policies="0.3 N,greedy"                    # the long run
 Hardware: one CPU core, about a minute a workload.
@@ -41,7 +41,6 @@ _TASKS = flags.DEFINE_integer("tasks", 100_000, "groups to train")
 _POLICIES = flags.DEFINE_list(
   "policies", "", "some of them, greedy among them; all by default"
 )
-_DRAW = flags.DEFINE_bool("draw", False, "write the pictures to --folder")
 
 IN_FLIGHT = 8192  # N
 STEP = 512  # P
@@ -355,7 +354,7 @@ def main(argv: Sequence[str]) -> None:
     if not _JSON.value:
       seconds = time.perf_counter() - started
       print(f"\n{name}: {workload.about} ({seconds:.0f} s)\n\n{table(figures)}")
-    if _DRAW.value:
+    if drawing.PICTURE.value:
       picture = pictures.simulated(
         {k: f.drift_by_step for k, f in figures.items()},
         {k: trace.lag for k, (trace, _) in runs.items()},

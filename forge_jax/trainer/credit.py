@@ -8,8 +8,8 @@
    from one of a sub-agent: what sub-agents do lies within one step of the agent
    that asked for it.
 3. A_t = s_t (G_t - B_t) with B_t the baseline, by default the group's mean
-   return from its t-th steps on, for every response token of completion t; s_t = sub_agent_share for a
-   sub-agent's completion, else 1.
+   return from its t-th steps on, for every response token of completion t;
+   s_t = sub_agent_share for a sub-agent's completion, else 1.
 4. Each token weighs one over the response tokens of all the groups given: into
    how many requests an episode's tokens are split changes nothing.
 
