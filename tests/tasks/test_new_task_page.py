@@ -51,7 +51,7 @@ async def test_the_page_s_domain_works(written, sandbox):
     ({}, "anagrams is unknown; known:.*terminal"),
     ({"place": "nowhere:Anagrams"}, "nothing at 'nowhere:Anagrams'"),
     ({"place": "anagrams:Nothing"}, "nothing at 'anagrams:Nothing'"),
-    ({"place": "anagrams"}, "expected 'module:Class'"),
+    ({"place": "anagrams"}, "expected 'module:name'"),
     ({"place": "anagrams:Anagrams", "max_token": 1}, "'max_tokens'"),
   ],
 )
