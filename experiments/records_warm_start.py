@@ -7,7 +7,10 @@ Command:   python -m launch.warm_start \
              --config=experiments/records_warm_start.py
            python -m launch.eval --checkpoint=runs/records_warm_start
 Hardware:  two CPU cores.
-Result:    not yet measured
+Result:    of the held-out questions, 89% greedily, after 500 steps on the
+           script "optimal" alone (--config.imitate="('optimal',)"), in nine
+           minutes beside other programs on two cores of a shared EPYC,
+           2026-11-25. The default, two scripts, was not measured.
 """
 
 import ml_collections

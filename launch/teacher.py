@@ -43,11 +43,13 @@ class TeacherEngine(scripted.ScriptedEngine):
       max_context: most tokens of prompt and response.
 
     Raises:
-      ConfigError: a domain has no scripts.
+      ConfigError: a domain has no scripts, or none for a policy.
     """
     for name, domain in domains.items():
       if not isinstance(domain, tasks_base.Scripted):
         raise errors.ConfigError(f"the domain {name} has no scripts to imitate")
+      for policy in policies:  # one that is unknown is told now
+        domain.script(domain.task("train", 0), policy)
     self._domains, self._mixture = domains, mixture
     self._policies = policies
     self._tokenizer = tokenizer

@@ -39,6 +39,7 @@ _TOOL = {
     },
   },
 }
+_POLICIES = ("random", "optimal", "sequential", "malformed")
 _SYSTEM = "Look names up. Then reply with the names at the end."
 NAMES = tuple(
   a + b + c + d
@@ -117,7 +118,15 @@ class Records:
     optimal: follows all names at once; sequential: one after another;
     malformed: as optimal, but its first call lacks its end, and it tries again;
     random: looks nothing up and says any names.
+
+    Raises:
+      ConfigError: it knows no such policy.
     """
+    if policy not in _POLICIES:
+      raise errors.ConfigError(
+        f"records has no script for {policy!r}; expected one of "
+        f"{', '.join(_POLICIES)}"
+      )
     chains = task.payload["chains"]
     ends = {"role": "assistant", "content": " ".join(c[-1] for c in chains)}
     rounds = zip(*(chain[:-1] for chain in chains), strict=True)

@@ -44,6 +44,12 @@ def test_who_looks_nothing_up_finds_nothing():
   )
 
 
+def test_an_unknown_policy_is_refused():
+  domain = records.Records(records.RecordsConfig())
+  with pytest.raises(errors.ConfigError, match="no script for 'clever'"):
+    domain.script(domain.task("train", 0), "clever")
+
+
 def test_what_cannot_be_looked_up_is_an_error_to_read():
   domain = records.Records(records.RecordsConfig(starts=(1, 1)))
   environment = domain.environment(domain.task("train", 3))
