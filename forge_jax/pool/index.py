@@ -336,8 +336,8 @@ class SqliteIndex(Index):
     super().close()
     if self._others():
       return  # what is in the write-ahead log is not in the file
-    with open(self._clean, "w", encoding="ascii") as file:
-      file.write(f"{_file_checksum(self._path)}\n")
+    with open(self._clean, "wb") as file:
+      file.write(_said_of(self._path))
       file.flush()
       os.fsync(file.fileno())
     segment.sync_folder(self._path.parent)
@@ -350,8 +350,7 @@ class SqliteIndex(Index):
   def _is_clean(self) -> bool:
     if not self._clean.exists() or self._others() or not self._path.exists():
       return False
-    text = self._clean.read_text(encoding="ascii", errors="replace").strip()
-    if text == str(_file_checksum(self._path)):
+    if self._clean.read_bytes() == _said_of(self._path):
       return True
     _LOG.warning(
       "%s does not agree with %s: the index is made again from the segments",
@@ -379,9 +378,10 @@ class SqliteIndex(Index):
     return sizes
 
 
-def _file_checksum(path: pathlib.Path) -> int:
+def _said_of(path: pathlib.Path) -> bytes:
+  """A file's checksum, as a line: what `index.clean` holds, to the last byte."""
   checksum = 0
   with path.open("rb") as file:
     while data := file.read(2**20):
       checksum = zlib.crc32(data, checksum)
-  return checksum
+  return f"{checksum}\n".encode()

@@ -176,6 +176,19 @@ def test_a_damaged_index_is_made_again(tmp_path, clean, caplog):
     assert ("does not agree" in caplog.text) == clean
 
 
+def test_damage_to_the_last_byte_of_what_vouches_for_the_index(
+  tmp_path, caplog
+):
+  fill(tmp_path, 2)
+  for spoil in (lambda data: data[:-1], lambda data: data[:-1] + b"\x0b"):
+    clean = tmp_path / "index.clean"
+    clean.write_bytes(spoil(clean.read_bytes()))
+    caplog.clear()
+    with store.DataPool.open(tmp_path) as pool:
+      assert_holds(pool, range(2))
+    assert "does not agree" in caplog.text
+
+
 def test_a_short_segment_is_an_error(tmp_path):
   first, *_ = fill(tmp_path, 3, segment_bytes=1)
   first.write_bytes(first.read_bytes()[:-1])
