@@ -18,7 +18,7 @@ or 100 kB (40 turns, 20 to 180 kB) on average.
 LiteLLM, version 1.108.7, lives in an environment of its own:
   python -m venv ENV && ENV/bin/pip install 'litellm[proxy]==1.108.7'
 
-Command: python -m experiments.benchmarks.gateway --quick        (half a minute)
+Command: python -m experiments.benchmarks.gateway --quick         (under 50 s)
          python -m experiments.benchmarks.gateway --parts=rates,latency
          python -m experiments.benchmarks.gateway --parts=litellm --litellm=ENV
          python -m experiments.benchmarks.gateway --parts=held  (eleven minutes)
@@ -156,7 +156,7 @@ def litellm(upstream: str, workers: int) -> Iterator[Process]:
 
 async def rate(workload: load.Workload, served: Process) -> float:
   """Requests/s of agents that never wait; prints what it took."""
-  seconds = 8 if _QUICK.value else 20
+  seconds = 6 if _QUICK.value else 20
   tally = load.Tally()
   with measured(workload.name, served, tally):
     return await load.play_sessions(
