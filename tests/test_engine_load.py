@@ -4,23 +4,14 @@ from flax import nnx
 import pytest
 
 from experiments.benchmarks import engine_load
+from experiments.toys import decoder as toys
 from forge_jax.engine import config, engine
-from forge_jax.model import config as model_config
 from forge_jax.model import decoder as decoder_lib
 
 EPISODES = engine_load.Episodes(
   groups=3, rollouts=3, turns=3, system=20, task=20, reply=4, observation=6
 )
-MODEL = model_config.ModelConfig(
-  vocab_size=97,
-  width=32,
-  num_layers=2,
-  num_heads=4,
-  num_kv_heads=2,
-  head_dim=8,
-  mlp_width=48,
-  max_context=128,
-)
+MODEL = toys.config(97)
 
 
 def started(**changes):

@@ -3,20 +3,11 @@
 from flax import nnx
 import numpy as np
 
+from experiments.toys import decoder as toys
 from forge_jax import types
-from forge_jax.model import config as model_config
 from forge_jax.model import decoder as decoder_lib
 
-MODEL = model_config.ModelConfig(
-  vocab_size=64,
-  width=32,
-  num_layers=2,
-  num_heads=4,
-  num_kv_heads=2,
-  head_dim=8,
-  mlp_width=48,
-  max_context=256,
-)
+MODEL = toys.config(64)
 
 
 def decoder(seed: int = 0) -> decoder_lib.Decoder:
