@@ -35,6 +35,15 @@ class Limits:
           f"sandbox {field.name} is {value}; expected more than 0"
         )
 
+  def of_each_process(self) -> dict[str, int]:
+    """Resource limits that every backend sets, by their names in `resource`."""
+    return {
+      "RLIMIT_NOFILE": self.open_files,
+      "RLIMIT_CPU": self.cpu_seconds,
+      "RLIMIT_FSIZE": self.disk_bytes,
+      "RLIMIT_CORE": 0,
+    }
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Result:

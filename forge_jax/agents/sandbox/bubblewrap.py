@@ -185,12 +185,8 @@ class Bubblewrap:
     self, limits: base.Limits, has_gateway: bool
   ) -> box.GuestConfig:
     watched = self.groups is None
-    rlimits = {
+    rlimits = limits.of_each_process() | {
       "RLIMIT_NPROC": limits.processes,
-      "RLIMIT_NOFILE": limits.open_files,
-      "RLIMIT_CPU": limits.cpu_seconds,
-      "RLIMIT_FSIZE": limits.disk_bytes,
-      "RLIMIT_CORE": 0,
       "RLIMIT_MEMLOCK": base.MIB,
       "RLIMIT_MSGQUEUE": 0,
     }

@@ -203,12 +203,7 @@ class Containers:
         "LANG": "C.UTF-8",
       },
       output_bytes=limits.output_bytes,
-      rlimits={
-        "RLIMIT_NOFILE": limits.open_files,
-        "RLIMIT_CPU": limits.cpu_seconds,
-        "RLIMIT_FSIZE": limits.disk_bytes,
-        "RLIMIT_CORE": 0,
-      },
+      rlimits=limits.of_each_process(),
       watch_memory=0,
       forward=forward if has_gateway else None,
       seccomp=seccomp.program().hex(),

@@ -65,12 +65,7 @@ def _guest_config(folder: str, limits: base.Limits) -> box.GuestConfig:
       "LANG": "C.UTF-8",
     },
     output_bytes=limits.output_bytes,
-    rlimits={
-      "RLIMIT_NOFILE": limits.open_files,
-      "RLIMIT_CPU": limits.cpu_seconds,
-      "RLIMIT_FSIZE": limits.disk_bytes,
-      "RLIMIT_CORE": 0,
-    },
+    rlimits=limits.of_each_process(),
     watch_memory=limits.memory_bytes,
     forward=None,
   )
