@@ -1,4 +1,4 @@
-"""Test-wide settings: CPU, a persistent compilation cache, strict JAX.
+"""Test-wide settings: CPU, a persistent compilation cache, strict JAX, no clock.
 
 And a PostgreSQL server of the tests' own, on loopback, for one session.
 """
@@ -10,6 +10,7 @@ import socket
 import subprocess
 import tempfile
 
+import hypothesis
 import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -19,6 +20,13 @@ os.environ.setdefault(
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
+# How fast examples are made and run says what else the machine does.
+hypothesis.settings.register_profile(
+  "no clock",
+  deadline=None,
+  suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
+hypothesis.settings.load_profile("no clock")
 
 
 def pytest_addoption(parser):

@@ -225,7 +225,7 @@ _SCHEMAS = st.recursive(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(schema=_SCHEMAS, seed=st.integers(0, 2**32 - 1))
 def test_every_walk_of_a_schema_is_valid_json(
   grammars, byte_tokenizer, schema, seed

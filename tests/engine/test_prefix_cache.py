@@ -118,7 +118,7 @@ def act(simulation, kind, value):
 
 
 @hypothesis.given(ACTIONS)
-@hypothesis.settings(max_examples=150, deadline=None)
+@hypothesis.settings(max_examples=150)
 def test_it_finds_what_a_naive_cache_finds(actions):
   simulation, naive, stale = Simulation(), naive_cache.NaiveCache(), []
   for kind, value in actions:
@@ -138,7 +138,7 @@ def test_it_finds_what_a_naive_cache_finds(actions):
 
 
 @hypothesis.given(ACTIONS, st.integers(5, 9), st.integers(0, 5))
-@hypothesis.settings(max_examples=300, deadline=None)
+@hypothesis.settings(max_examples=300)
 def test_few_pages_lose_and_mix_up_nothing(actions, pages, host_pages):
   simulation = Simulation(pages, host_pages)
   for kind, value in actions:

@@ -156,7 +156,7 @@ def test_a_filter_of_another_row_cuts_no_tail():
 
 
 @given(data=st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_edits_follow_the_reference(data):
   tokens = st.lists(st.integers(0, 96), max_size=12)
   prompt, response = data.draw(tokens), data.draw(tokens)
@@ -239,7 +239,7 @@ def test_a_request_that_changes_nothing_has_no_shape():
 
 
 @given(data=st.data())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_limits_keep_what_a_sort_keeps(data):
   some = st.floats(-30, 30, width=32)
   vocab = 40

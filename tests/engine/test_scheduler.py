@@ -129,7 +129,7 @@ REQUESTS = st.lists(
 @hypothesis.given(
   REQUESTS, st.integers(17, 40), st.sampled_from([0, 8]), st.integers(0, 3)
 )
-@hypothesis.settings(max_examples=100, deadline=None)
+@hypothesis.settings(max_examples=100)
 def test_preemption_loses_no_request_and_no_token(
   some, pages, host_pages, drafts
 ):

@@ -266,7 +266,7 @@ JSON = st.recursive(
 NAMES = sorted(anthropic_messages._KNOWN | {"n"})
 
 
-@hypothesis.settings(max_examples=300, deadline=None)
+@hypothesis.settings(max_examples=300)
 @hypothesis.given(
   change=st.dictionaries(st.sampled_from(NAMES), JSON, max_size=3),
   roles=st.lists(st.sampled_from(["user", "assistant", "system", "x"])),

@@ -135,7 +135,7 @@ def check_call(call, tools=TOOLS):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 @given(seed=st.integers(0, 2**32 - 1), once=st.booleans())
 def test_a_demanded_call_is_read_back(models, name, seed, once):
   wanted = constraint.Constraint(must_call=True, once=once)
@@ -148,7 +148,7 @@ def test_a_demanded_call_is_read_back(models, name, seed, once):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@settings(max_examples=3, deadline=None)
+@settings(max_examples=3)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_a_named_tool_is_the_one_that_is_called(models, name, seed):
   wanted = constraint.Constraint(

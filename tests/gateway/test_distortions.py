@@ -403,7 +403,7 @@ def text(ids):
 
 
 @pytest.mark.parametrize("client", [Chat(), Messages(), Responses()])
-@hypothesis.settings(max_examples=60, deadline=None)
+@hypothesis.settings(max_examples=60)
 @hypothesis.given(
   rng=st.randoms(use_true_random=False), steps=st.integers(1, 12)
 )

@@ -184,7 +184,7 @@ def play(episode, said, *, reasons):
 
 @pytest.mark.parametrize("reasons", [None, False])
 @pytest.mark.parametrize("family", FAMILIES)
-@settings(max_examples=3, deadline=None, phases=PHASES)
+@settings(max_examples=3, phases=PHASES)
 @given(said=steps())
 def test_the_model_sees_the_whole_rendering(family, reasons, said):
   """A conversation is a chain exactly where its template lets it be one."""
@@ -196,7 +196,7 @@ def test_the_model_sees_the_whole_rendering(family, reasons, said):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@settings(max_examples=3, deadline=None, phases=PHASES)
+@settings(max_examples=3, phases=PHASES)
 @given(said=steps())
 def test_reasoning_that_is_kept_keeps_the_chain(family, said):
   episode = Episode(renderer_of(family, True, True), [CALCULATE])

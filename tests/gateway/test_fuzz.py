@@ -155,7 +155,6 @@ def test_what_the_clients_types_allow(gateway, full, path):
 
     @hypothesis.settings(
       max_examples=200 if full else 12,
-      deadline=None,
       database=None,
       derandomize=True,
       suppress_health_check=list(hypothesis.HealthCheck),

@@ -88,7 +88,7 @@ asyncio.run(main())
   assert len(numbers) > acknowledged >= 200
 
 
-@hypothesis.settings(max_examples=30, deadline=None)
+@hypothesis.settings(max_examples=30)
 @hypothesis.given(st.data())
 def test_a_torn_tail_is_cut(tmp_path_factory, data):
   folder = tmp_path_factory.mktemp("j")
@@ -104,7 +104,7 @@ def test_a_torn_tail_is_cut(tmp_path_factory, data):
   assert left(folder) == [*batches[0], *batches[1], ("s", {"n": 9})]
 
 
-@hypothesis.settings(max_examples=30, deadline=None)
+@hypothesis.settings(max_examples=30)
 @hypothesis.given(st.data())
 def test_damage_is_an_error(tmp_path_factory, data):
   folder = tmp_path_factory.mktemp("j")

@@ -261,7 +261,7 @@ NAMES = sorted(
 )
 
 
-@hypothesis.settings(max_examples=300, deadline=None)
+@hypothesis.settings(max_examples=300)
 @hypothesis.given(
   change=st.dictionaries(st.sampled_from(NAMES), JSON, max_size=3),
   roles=st.lists(st.sampled_from(["user", "assistant", "tool", "x"])),

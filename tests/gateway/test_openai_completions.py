@@ -111,7 +111,7 @@ JSON = st.recursive(
 )
 
 
-@hypothesis.settings(max_examples=150, deadline=None)
+@hypothesis.settings(max_examples=150)
 @hypothesis.given(
   change=st.dictionaries(
     st.sampled_from(["prompt", "n", "stop", "logprobs", "best_of", "seed"]),

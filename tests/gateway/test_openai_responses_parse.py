@@ -389,7 +389,7 @@ NAMES = [
 ]
 
 
-@hypothesis.settings(max_examples=300, deadline=None)
+@hypothesis.settings(max_examples=300)
 @hypothesis.given(
   change=st.dictionaries(st.sampled_from(NAMES), JSON, max_size=3),
   items=st.lists(JSON, max_size=3),

@@ -15,7 +15,6 @@ TEXT = st.text(
 )
 SLOW = hypothesis.settings(
   max_examples=40,
-  deadline=None,
   suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
 )
 

@@ -42,7 +42,6 @@ def stream_all(renderer, prompt, ids, sizes, tools, stop):
 
 @hypothesis.settings(
   max_examples=150,
-  deadline=None,
   suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
 )
 @hypothesis.given(

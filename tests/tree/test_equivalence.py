@@ -120,7 +120,7 @@ def test_random_forests():
   """Also across cuts, and at every size that a device batch may have."""
   sizes, replayed = set(), 0
 
-  @settings(deadline=None, max_examples=500)
+  @settings(max_examples=500)
   @given(st.integers(0, 2**32 - 1), st.integers(1, COUNT))
   def check(seed, count):
     nonlocal replayed

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 import numpy as np
 import pytest
@@ -25,7 +25,6 @@ def _merge(lists):
   return merge.merge([np.array(s, np.int32) for s in lists])
 
 
-@settings(deadline=None)
 @given(sequences)
 def test_is_the_trie_of_the_sequences(lists):
   tree = _merge(lists)
@@ -42,7 +41,6 @@ def test_is_the_trie_of_the_sequences(lists):
   assert tree.length.tolist() == [len(s) for s in lists]
 
 
-@settings(deadline=None)
 @given(sequences)
 def test_branches_lie_side_by_side_in_the_order_of_the_sequences(lists):
   tree = _merge(lists)
@@ -63,7 +61,6 @@ def test_branches_lie_side_by_side_in_the_order_of_the_sequences(lists):
     size += len(new)
 
 
-@settings(deadline=None)
 @given(sequences)
 def test_nothing_is_shared_unless_asked(lists):
   arrays = [np.array(s, np.int32) for s in lists]
@@ -84,7 +81,6 @@ def test_common_prefix(length, other, differs):
   assert merge.common_prefix(a, b) == merge.common_prefix(b, a) == want
 
 
-@settings(deadline=None)
 @given(sequences)
 def test_a_key_is_visible_exactly_to_its_descendants(lists):
   tree = _merge(lists)

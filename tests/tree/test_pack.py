@@ -73,7 +73,7 @@ CONFIGS = [
 COST = cost.Cost(token=100.0, pair=3.0, edge=40.0)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(
   st.integers(0, 2**32 - 1),
   st.integers(0, 20),
@@ -105,7 +105,7 @@ def test_every_row_is_recovered_exactly_once(seed, count, config, share):
     np.testing.assert_array_equal(end_BT[~used], alone_BT[~used])
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
   st.integers(0, 2**32 - 1),
   st.integers(0, 20),
@@ -158,7 +158,7 @@ def _inputs(sample):
   return len(sample.prompt_ids) + int(np.flatnonzero(sample.weights)[-1])
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 40), st.booleans())
 def test_never_more_packs_than_first_fit_decreasing(seed, count, share):
   samples = random_samples(np.random.default_rng(seed), count, longest=16)
@@ -169,7 +169,7 @@ def test_never_more_packs_than_first_fit_decreasing(seed, count, share):
   assert stats.packs <= limit
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.integers(0, 2**32 - 1), st.sampled_from(CONFIGS), st.booleans())
 def test_the_order_of_samples_does_not_matter(seed, config, share):
   rng = np.random.default_rng(seed)

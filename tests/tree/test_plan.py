@@ -34,7 +34,7 @@ def _random(rng, n):
 SHAPES = np.array([[16, 10, 6], [32, 20, 12], [64, 40, 24]])
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 60), st.integers(1, 5))
 def test_every_sample_has_one_pack_within_the_limits(seed, n, packs):
   sizes = _random(np.random.default_rng(seed), n)
@@ -50,7 +50,7 @@ def test_every_sample_has_one_pack_within_the_limits(seed, n, packs):
   assert 1 <= len(groups[-1]) <= packs
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 40), st.integers(2, 5))
 @example(seed=5, n=33, packs=5)
 def test_the_last_batch_gets_no_larger_shape_and_no_higher_cost(seed, n, packs):
