@@ -1,17 +1,38 @@
-"""What every absl main shares: errors that a user is meant to read."""
+"""What absl mains share: flags, and errors that a user is meant to read."""
 
 from collections.abc import Callable, Sequence
 import logging as standard_logging
 import os
 import sys
 
-from absl import app, logging
+from absl import app, flags, logging
+from ml_collections import config_flags
 
 from forge_jax import errors
 
 # Read by `transformers` when it is imported: we want its tokenizers, and no
 # advice about the frameworks that it does not find.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
+
+def define_config() -> flags.FlagHolder:
+  """Defines --config: an experiment, of which every value can be overridden."""
+  return config_flags.DEFINE_config_file(
+    "config", None, "Experiment: a file with get_config()."
+  )
+
+
+def define_workdir() -> flags.FlagHolder:
+  """Defines --workdir, where an experiment's run lives."""
+  return flags.DEFINE_string(
+    "workdir", "", "Folder of the run; runs/<config.name> by default."
+  )
+
+
+def run(main: Callable[[Sequence[str]], None]) -> None:
+  """Runs a main that needs --config."""
+  flags.mark_flag_as_required("config")
+  app.run(guarded(main), flags_parser=parse_flags)
 
 
 def guarded(

@@ -7,14 +7,9 @@ FORGE_ADMIN_TOKEN=... python -m launch.gateway
 FORGE_ENGINE_API_KEY in the environment: the key of the engines' servers, if any
 """
 
-from absl import app, flags
-from ml_collections import config_flags
-
 from launch import cli
 
-_CONFIG = config_flags.DEFINE_config_file(
-  "config", None, "Experiment: a file with get_config()."
-)
+_CONFIG = cli.define_config()
 
 
 def main(argv):
@@ -28,5 +23,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-  flags.mark_flag_as_required("config")
-  app.run(cli.guarded(main), flags_parser=cli.parse_flags)
+  cli.run(main)

@@ -5,17 +5,10 @@ python -m launch.train --config=experiments/word_problems_smollm2.py
   --config.steps=3       any value of the configuration can be overridden
 """
 
-from absl import app, flags
-from ml_collections import config_flags
-
 from launch import cli
 
-_CONFIG = config_flags.DEFINE_config_file(
-  "config", None, "Experiment: a file with get_config()."
-)
-_WORKDIR = flags.DEFINE_string(
-  "workdir", "", "Folder of the run; runs/<config.name> by default."
-)
+_CONFIG = cli.define_config()
+_WORKDIR = cli.define_workdir()
 
 
 def main(argv):
@@ -27,5 +20,4 @@ def main(argv):
 
 
 if __name__ == "__main__":
-  flags.mark_flag_as_required("config")
-  app.run(cli.guarded(main), flags_parser=cli.parse_flags)
+  cli.run(main)

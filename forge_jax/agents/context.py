@@ -22,6 +22,7 @@ import json
 from typing import Any
 
 from forge_jax import errors, types
+from forge_jax.tasks import base as tasks_base
 
 STRATEGIES = ("none", "discard_all", "truncate", "summarise", "tool")
 
@@ -32,21 +33,12 @@ _SUMMARISE = (
 )
 _SUMMARY = "What you wrote down before your context was cleared:\n\n"
 _TOOL_NAME = "clear_context"
-_TOOL = {
-  "type": "function",
-  "function": {
-    "name": _TOOL_NAME,
-    "description": (
-      "Clears your context of all replies and results. Only the task and your "
-      "note are shown afterwards."
-    ),
-    "parameters": {
-      "type": "object",
-      "properties": {"note": {"type": "string"}},
-      "required": ["note"],
-    },
-  },
-}
+_TOOL = tasks_base.tool(
+  _TOOL_NAME,
+  "Clears your context of all replies and results. Only the task and your note "
+  "are shown afterwards.",
+  {"note": tasks_base.TEXT},
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from typing import Any
 
 from forge_jax import errors, types
 from forge_jax.agents.sandbox import base as sandbox_base
+from forge_jax.tasks import base as tasks_base
 
 # By name: what the tool does, and its arguments.
 _TOOLS: Mapping[str, tuple[str, Mapping[str, str]]] = {
@@ -143,21 +144,11 @@ class Toolbox:
 def _specification(name: str) -> types.Message:
   """A tool as the model is shown it."""
   description, arguments = _TOOLS[name]
-  return {
-    "type": "function",
-    "function": {
-      "name": name,
-      "description": description,
-      "parameters": {
-        "type": "object",
-        "properties": {
-          argument: {"type": "string", "description": meaning}
-          for argument, meaning in arguments.items()
-        },
-        "required": list(arguments),
-      },
-    },
+  schemas = {
+    argument: {**tasks_base.TEXT, "description": meaning}
+    for argument, meaning in arguments.items()
   }
+  return tasks_base.tool(name, description, schemas)
 
 
 def _read(written: Any, expected: Mapping[str, str]) -> dict[str, str]:

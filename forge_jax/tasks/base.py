@@ -5,10 +5,41 @@ is one episode's world: it opens the conversation, answers the policy's
 messages and scores what happened. Environments know nothing of tokens.
 """
 
-from collections.abc import Awaitable, Mapping, Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Awaitable, Collection, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 from forge_jax import types
+
+TEXT: Mapping[str, Any] = {"type": "string"}  # schema of an argument
+
+
+def tool(
+  name: str,
+  description: str,
+  arguments: Mapping[str, Mapping[str, Any]],
+  optional: Collection[str] = (),
+) -> types.Message:
+  """A tool's specification in the OpenAI wire format.
+
+  Args:
+    name: that calls have.
+    description: what the model is told of it.
+    arguments: by name, each a JSON schema.
+    optional: those of them that a call may lack.
+  """
+  parameters = {
+    "type": "object",
+    "properties": {key: dict(schema) for key, schema in arguments.items()},
+    "required": [key for key in arguments if key not in optional],
+  }
+  return {
+    "type": "function",
+    "function": {
+      "name": name,
+      "description": description,
+      "parameters": parameters,
+    },
+  }
 
 
 class Environment(Protocol):

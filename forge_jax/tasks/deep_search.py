@@ -30,7 +30,7 @@ import random
 from typing import Any
 
 from forge_jax import errors, types
-from forge_jax.tasks import answers, corpus, splits, tool_calls
+from forge_jax.tasks import answers, base, corpus, splits, tool_calls
 
 _SYSTEM = (
   "You answer questions about the documentation of a programming language's "
@@ -131,12 +131,14 @@ class DeepSearchEnvironment:
   def tools(self) -> Sequence[types.Message]:
     """`search` and `open_page`."""
     return [
-      _tool("search", "Finds pages by words in them.", query="string"),
-      _tool(
+      base.tool(
+        "search", "Finds pages by words in them.", {"query": base.TEXT}
+      ),
+      base.tool(
         "open_page",
         "Shows a part of a page. Parts are numbered from 1.",
-        title="string",
-        part="integer",
+        {"title": base.TEXT, "part": {"type": "integer"}},
+        optional=("part",),
       ),
     ]
 
@@ -212,22 +214,6 @@ class DeepSearchEnvironment:
     self._shown.add(title)
     more = f"\n[part {part} of {len(parts)}]" if len(parts) > 1 else ""
     return parts[part - 1] + more
-
-
-def _tool(name: str, description: str, **arguments: str) -> types.Message:
-  properties = {name: {"type": kind} for name, kind in arguments.items()}
-  return {
-    "type": "function",
-    "function": {
-      "name": name,
-      "description": description,
-      "parameters": {
-        "type": "object",
-        "properties": properties,
-        "required": [name for name in properties if name != "part"],
-      },
-    },
-  }
 
 
 def _parts(text: str, size: int) -> list[str]:

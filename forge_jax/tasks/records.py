@@ -27,18 +27,7 @@ from typing import Any
 from forge_jax import errors, types
 from forge_jax.tasks import base, splits, tool_calls
 
-_TOOL = {
-  "type": "function",
-  "function": {
-    "name": "look",
-    "description": "Says what a name holds.",
-    "parameters": {
-      "type": "object",
-      "properties": {"name": {"type": "string"}},
-      "required": ["name"],
-    },
-  },
-}
+_TOOL = base.tool("look", "Says what a name holds.", {"name": base.TEXT})
 _POLICIES = ("random", "optimal", "sequential", "malformed")
 _SYSTEM = "Look names up. Then reply with the names at the end."
 NAMES = tuple(

@@ -20,28 +20,21 @@ import random
 from typing import Any
 
 from forge_jax import errors, types
-from forge_jax.tasks import answers, splits, tool_calls
+from forge_jax.tasks import answers, base, splits, tool_calls
 
 _START = ("Al", "Bel", "Cor", "Dun", "Es", "Fal", "Gar", "Hol", "Ir", "Kel")
 _END = ("burg", "dale", "ford", "holm", "mouth", "stad", "ton", "ville")
 _FIELDS = ("inhabitants", "bridges", "schools", "trees")
 _HIGHEST = 10
-_TOOL = {
-  "type": "function",
-  "function": {
-    "name": "look_up",
-    "description": "Looks a fact about a place up. It is slow: what does not "
-    "depend on another result is best asked at once.",
-    "parameters": {
-      "type": "object",
-      "properties": {
-        "place": {"type": "string", "description": "The place's name."},
-        "field": {"type": "string", "enum": list(_FIELDS)},
-      },
-      "required": ["place", "field"],
-    },
+_TOOL = base.tool(
+  "look_up",
+  "Looks a fact about a place up. It is slow: what does not depend on another "
+  "result is best asked at once.",
+  {
+    "place": {**base.TEXT, "description": "The place's name."},
+    "field": {**base.TEXT, "enum": list(_FIELDS)},
   },
-}
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
