@@ -13,7 +13,10 @@ Invariants:
      that calls none is never seen by the environment.
   3. At most `parallel` sub-agents of an episode run at once, and at most `most`
      in all. When the main agent's reply is answered, none is running.
-  4. What a call asks for wrongly, and a sub-agent whose model fails, is a
+  4. A sub-agent is named by its place among those that were asked for. Its
+     requests' seeds derive from that name: what it samples does not depend on
+     how fast the others are.
+  5. What a call asks for wrongly, and a sub-agent whose model fails, is a
      result to read; what else fails, fails the episode.
 """
 
@@ -30,22 +33,13 @@ from forge_jax.agents import base, extra_tools
 from forge_jax.tasks import base as tasks_base
 
 _NAME = "delegate"
-_TOOL = {
-  "type": "function",
-  "function": {
-    "name": _NAME,
-    "description": (
-      "Gives a part of the work to a helper, who has the same tools, sees only "
-      "what you write here, and answers with a report. Several calls at once "
-      "are worked on at the same time."
-    ),
-    "parameters": {
-      "type": "object",
-      "properties": {"task": {"type": "string"}},
-      "required": ["task"],
-    },
-  },
-}
+_TOOL = tasks_base.tool(
+  _NAME,
+  "Gives a part of the work to a helper, who has the same tools, sees only what "
+  "you write here, and answers with a report. Several calls at once are worked "
+  "on at the same time.",
+  {"task": tasks_base.TEXT},
+)
 _INSTRUCTIONS = (
   "You help another agent with a part of its work. Use your tools to do what it "
   "asks for; then reply, without calling a tool, with what you found."
@@ -121,7 +115,12 @@ class _Helpers:
     self._config = config
     self._permits = asyncio.Semaphore(config.parallel)
     self._started = 0
-    self.transcripts: list[types.Message] = []
+    self._transcripts: dict[int, types.Message] = {}
+
+  @property
+  def transcripts(self) -> list[types.Message]:
+    """What the sub-agents did, in the order in which they were asked for."""
+    return [message for _, message in sorted(self._transcripts.items())]
 
   async def delegate(self, written: str) -> str:
     """Plays a sub-agent to its end; returns its report."""
@@ -131,7 +130,8 @@ class _Helpers:
     if self._started == self._config.most:
       return f"error: there are no more than {self._config.most} helpers"
     self._started += 1
-    name = f"sub-agent {self._started}"
+    number = self._started
+    name = f"sub-agent {number}"
     part = _Part(self._environment, self._config.instructions, task)
     messages: types.Messages = ()
     async with self._permits:
@@ -142,14 +142,12 @@ class _Helpers:
         report = part.report
       except openai.OpenAIError as error:
         report = f"error: the helper failed: {error}"
-    self.transcripts.append(
-      {
-        "role": "sub-agent",
-        "name": name,
-        "content": report,
-        "messages": [dict(message) for message in messages],
-      }
-    )
+    self._transcripts[number] = {
+      "role": "sub-agent",
+      "name": name,
+      "content": report,
+      "messages": [dict(message) for message in messages],
+    }
     return report
 
 

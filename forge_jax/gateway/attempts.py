@@ -16,6 +16,7 @@ import time
 
 from forge_jax import types
 
+SUB_AGENT = "x-forge-sub-agent"  # header that names a white-box sub-agent
 # Headers that name a client's session, its thread or its agent.
 ID_HEADERS = (
   "x-session-id",
@@ -28,7 +29,7 @@ ID_HEADERS = (
   "thread_id",
   "conversation_id",
   "x-openai-subagent",
-  "x-forge-sub-agent",
+  SUB_AGENT,
   "x-opencode-session",
   "x-session-affinity",
 )

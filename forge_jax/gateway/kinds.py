@@ -19,6 +19,7 @@ from collections.abc import Mapping
 import re
 
 from forge_jax import types
+from forge_jax.gateway import attempts
 
 _TITLE = re.compile(
   r"\btitle generator\b"
@@ -65,7 +66,7 @@ class Kinds:
       replays: whether it replays something recorded that it does not extend.
       first: whether nothing was recorded before.
     """
-    if "x-forge-sub-agent" in client_ids:
+    if attempts.SUB_AGENT in client_ids:
       return types.RequestKind.SUB_AGENT
     system, last = _ends(messages)
     if not tools and (_TITLE.search(system) or _TITLE.search(last)):

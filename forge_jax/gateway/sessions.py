@@ -6,8 +6,10 @@ Invariants:
      request's messages (see `lineages`; a replayed reply need not be what it
      was, see `turns`). Where that cannot be, a new root is made; if the client
      did replay something recorded, the reason is kept and counted.
-  2. Numbers are given in the order of requests, from 0, and never reused; the
-     seed of request n depends on the session's seed and n alone.
+  2. Numbers are given in the order of requests, from 0, and never reused. A
+     request's seed depends on the session's, on the sub-agent that it says it is
+     of, and on how many of that one's came before it: not on the order in which
+     sub-agents that run at the same time ask.
   3. A completion is recorded before the client can have seen the end of its
      reply. Requests may run at the same time; nothing here awaits but `drain`.
   4. What changes is told to `log`, from which `replay` makes the session again.
@@ -72,6 +74,7 @@ class Session:
     self.log: Callable[[Mapping[str, Any]], None] = lambda record: None
     self._opened = time.monotonic() - age
     self._requests = 0
+    self._by_sub_agent: collections.Counter[str] = collections.Counter()
     self._nodes: dict[int, forest.Node] = {}
     self._running: dict[int, plans.Plan] = {}
     self._idle = asyncio.Event()
@@ -129,7 +132,7 @@ class Session:
         parent, reason = None, reason or TEMPLATE_REWRITES
     if added is None:
       added = renderer.render(shown, tools)
-    plan = self._start(parent, reason, added, match, digest)
+    plan = self._start(attempt, parent, reason, added, match, digest)
     return self._asked_by(attempt, choice, plan, messages, tools)
 
   def begin_raw(
@@ -157,7 +160,8 @@ class Session:
     if parent is not None and len(kept) < len(parent.response_ids):
       rest = [*parent.prompt_ids().tolist(), *kept, *rest]
       parent, reason = None, REPLY_CUT
-    plan = self._start(parent, reason, addition.Addition.of(rest), prompt)
+    rest = addition.Addition.of(rest)
+    plan = self._start(attempt, parent, reason, rest, prompt)
     return self._asked_by(attempt, choice, plan, (), ())
 
   def record(
@@ -228,6 +232,9 @@ class Session:
       reply: see `record`.
     """
     self._requests = max(self._requests, node.number + 1)
+    client_ids = node.request.client_ids if node.request else {}
+    if sub_agent := client_ids.get(attempts.SUB_AGENT):
+      self._by_sub_agent[sub_agent] += 1
     if node.fork_reason is not None:
       self.fork_reasons[node.fork_reason] += 1
     if isinstance(reply, Mapping):
@@ -307,6 +314,7 @@ class Session:
 
   def _start(
     self,
+    attempt: attempts.Attempt | None,
     parent: forest.Node | None,
     reason: str | None,
     added: addition.Addition,
@@ -315,13 +323,15 @@ class Session:
   ) -> plans.Plan:
     """Numbers a request and counts it as running."""
     number = self._requests
+    client_ids = {} if attempt is None else attempt.caller.client_ids
+    seed = self._next_seed(client_ids.get(attempts.SUB_AGENT))
     self._requests += 1
     if reason is not None:
       self.fork_reasons[reason] += 1
     plan = plans.Plan(
       number=number,
       request_id=f"{self.id}/{number}",
-      seed=request_seed(self.seed, number),
+      seed=seed,
       parent=parent,
       fork_reason=reason,
       added=added,
@@ -332,6 +342,15 @@ class Session:
     self._running[number] = plan
     self._idle.clear()
     return plan
+
+  def _next_seed(self, sub_agent: str | None) -> int:
+    """The seed of a request; None: no sub-agent's."""
+    if sub_agent is None:
+      others = self._by_sub_agent.total()
+      return request_seed(self.seed, self._requests - others)
+    number = self._by_sub_agent[sub_agent]
+    self._by_sub_agent[sub_agent] += 1
+    return request_seed(self.seed, number, sub_agent)
 
   def _asked_by(
     self,
@@ -367,7 +386,7 @@ class Session:
     return time.monotonic() - self._opened
 
 
-def request_seed(session_seed: int, number: int) -> int:
-  """The seed of a session's n-th request, in [0, 2**31)."""
-  sequence = np.random.SeedSequence([session_seed, number])
+def request_seed(session_seed: int, number: int, sub_agent: str = "") -> int:
+  """The seed of an agent's n-th request in a session, in [0, 2**31)."""
+  sequence = np.random.SeedSequence([session_seed, number, *sub_agent.encode()])
   return int(sequence.generate_state(1)[0]) & 0x7FFFFFFF

@@ -139,7 +139,7 @@ async def test_sub_agents_work_at_the_same_time_in_one_forest():
   results = [m["content"] for m in episode.messages if m["role"] == "tool"]
   assert results == ["3", "4", "5"]
   helpers = [m for m in episode.messages if m["role"] == "sub-agent"]
-  assert sorted(m["content"] for m in helpers) == ["3", "4", "5"]
+  assert [m["content"] for m in helpers] == ["3", "4", "5"]
   assert [m["role"] for m in helpers[0]["messages"]] == [
     *("system", "user", "assistant", "tool", "assistant"),
   ]

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from forge_jax import types
-from forge_jax.gateway import addition, refusal, sessions, turns
+from forge_jax.gateway import addition, attempts, refusal, sessions, turns
 
 
 class Numbers:
@@ -251,6 +251,25 @@ def test_seeds_of_requests():
   assert len(seeds) == 2500
   assert all(0 <= seed < 2**31 for seed in seeds)
   assert sessions.request_seed(3, 4) == sessions.request_seed(3, 4)
+
+
+def seeds_by_agent(order):
+  """The seeds of an episode in which agents ask in this order; "m" is main."""
+  session, seeds = sessions.Session("s", seed=3, sampling={}), {}
+  for name in order:
+    client_ids = {} if name == "m" else {attempts.SUB_AGENT: name}
+    caller = attempts.Caller("", "m", "d", client_ids, 0, 0.0)
+    attempt = session.attempts.begin(caller)
+    plan = session.begin(Numbers(), [user("a")], (), attempt=attempt)
+    seeds.setdefault(name, []).append(plan.seed)
+  return seeds
+
+
+def test_seeds_of_sub_agents_do_not_depend_on_who_asks_first():
+  found = seeds_by_agent("maabbm")
+  assert found == seeds_by_agent("mbabam") == seeds_by_agent("mabbam")
+  assert len({seed for seeds in found.values() for seed in seeds}) == 6
+  assert found["m"] == seeds_by_agent("mm")["m"]
 
 
 def test_a_closed_session_takes_nothing(session):
