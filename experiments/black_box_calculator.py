@@ -28,7 +28,6 @@ import ml_collections
 from experiments import word_problems_smollm2
 from forge_jax import types
 from forge_jax.agents import base, black_box, profiles
-from forge_jax.agents.sandbox import backends
 from forge_jax.tasks import word_problems
 
 _PROGRAM = pathlib.Path(__file__).parent / "programs" / "calculator.py"
@@ -122,7 +121,7 @@ def make_agent(side: Any, closing: contextlib.AsyncExitStack) -> PostingAgent:
   """The agent of a run; `side` is its `launch.rollout_side.RolloutSide`."""
   http = httpx.AsyncClient(trust_env=False, timeout=60.0)
   closing.push_async_callback(http.aclose)
-  program = black_box.BlackBoxAgent(_PROFILE, backends.make(side.sandbox))
+  program = black_box.BlackBoxAgent(_PROFILE, side.lineup.sandboxes(closing))
   return PostingAgent(program, http)
 
 

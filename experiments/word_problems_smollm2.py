@@ -21,7 +21,7 @@ Result:    greedy success on 200 held-out questions, seeds 0, 1, 2:
 import ml_collections
 
 from forge_jax import settings
-from forge_jax.agents import context, react, toolbox
+from forge_jax.agents import context, lineup, react, toolbox
 from forge_jax.agents.sandbox import backends
 from forge_jax.engine import config as engine_config
 from forge_jax.gateway import server
@@ -67,7 +67,8 @@ def get_config() -> ml_collections.ConfigDict:
     }
   )
   sections = {
-    "agent": settings.defaults(react.ReactConfig),
+    "agent": settings.defaults(react.ReactConfig)
+    | settings.defaults(lineup.LineupConfig),
     "context": settings.defaults(context.ContextConfig),
     "gateway": settings.defaults(server.GatewayConfig, "admin_token"),
     # With at least 64 tokens a step, and four blocks where there are any, a

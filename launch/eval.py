@@ -2,6 +2,7 @@
 
 python -m launch.eval --checkpoint=runs/word_problems_smollm2
   --heldout=50 --phrasings=0    other numbers of tasks than the run's
+  --context=truncate            the context is managed in another way
 """
 
 import json
@@ -13,6 +14,7 @@ from launch import cli
 _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Folder of the run.")
 _HELDOUT = flags.DEFINE_integer("heldout", None, "Held-out tasks.")
 _PHRASINGS = flags.DEFINE_integer("phrasings", None, "Unseen phrasings.")
+_CONTEXT = flags.DEFINE_string("context", None, "Strategy of the context.")
 
 
 def main(argv):
@@ -20,7 +22,7 @@ def main(argv):
   from launch import local  # JAX is imported only once the flags are good
 
   counts = {"heldout": _HELDOUT.value, "phrasings": _PHRASINGS.value}
-  result = local.evaluate_checkpoint(_CHECKPOINT.value, counts)
+  result = local.evaluate_checkpoint(_CHECKPOINT.value, counts, _CONTEXT.value)
   print(json.dumps(result))
 
 

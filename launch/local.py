@@ -246,22 +246,26 @@ class LocalRun:
 
 
 def evaluate_checkpoint(
-  workdir: str, counts: Mapping[str, int | None]
+  workdir: str, counts: Mapping[str, int | None], context: str | None = None
 ) -> dict[str, float | int]:
   """Evaluates the newest checkpoint of a run as the run itself did.
 
   Args:
     workdir: the run's.
     counts: tasks by split, None for the run's own number, 0 for none.
+    context: strategy of the context, None for the run's own.
 
   Returns:
     The checkpoint's step and the success rate, 0..1, by split.
 
   Raises:
     CheckpointError: the folder holds no run or no checkpoint.
+    ConfigError: there is no such strategy.
   """
   compilations.keep()
   plan, decoder, step = _load_checkpoint(workdir)
+  if context is not None:
+    plan.side.evaluated = plan.side.lineup.with_strategy(context)
   result: dict[str, float | int] = {"step": step}
   with plan.services(decoder, step) as services:
     for split, count in counts.items():

@@ -6,7 +6,7 @@ from typing import Any
 
 from forge_jax import errors, settings
 from forge_jax.agents import base as agents_base
-from forge_jax.agents import context, react, toolbox, workspace
+from forge_jax.agents import context, lineup, react, toolbox
 from forge_jax.agents.sandbox import backends
 from forge_jax.pool import curation, window
 from forge_jax.rollout import host, process
@@ -25,21 +25,26 @@ class RolloutSide:
       ConfigError: an unknown key, or a value that cannot work.
     """
     self.seed = values["seed"]
-    agent = dict(values["agent"])
-    # Where an agent of one's own is made: "package.module:function".
-    self._place = agent.pop("place", None)
-    self.agent = settings.section(react.ReactConfig, agent, "agent")
-    self.context = settings.section(
-      context.ContextConfig, values["context"], "context"
+    config, playing = settings.shared_section(
+      values["agent"],
+      "agent",
+      (lineup.LineupConfig, {}),
+      (react.ReactConfig, {}),
     )
-    self.sandbox = settings.section(
-      backends.SandboxConfig, values["sandbox"], "sandbox"
+    self.lineup = lineup.Lineup(
+      config,
+      playing,
+      settings.section(context.ContextConfig, values["context"], "context"),
+      settings.section(backends.SandboxConfig, values["sandbox"], "sandbox"),
+      settings.section(toolbox.ToolboxConfig, values["tools"], "tools"),
+      self.seed,
     )
+    # What an evaluation's agent is made from.
+    self.evaluated = self.lineup
+    if strategy := values["eval"].get("context"):
+      self.evaluated = self.lineup.with_strategy(strategy)
     self._process = settings.section(
       process.ProcessConfig, values["process"], "process"
-    )
-    self.tools = settings.section(
-      toolbox.ToolboxConfig, values["tools"], "tools"
     )
     curated = settings.section(
       curation.CurationConfig, values["curation"], "curation"
@@ -68,7 +73,7 @@ class RolloutSide:
           f"domains.{name}.curriculum",
         )
       self.domains[name] = registry.build(
-        name, section, self.sandbox, seed=self.seed
+        name, section, self.lineup.sandbox, seed=self.seed
       )
 
     shared = bool(values["pool"]["database"])
@@ -88,30 +93,28 @@ class RolloutSide:
     """What finds faults in completions, given the tokenizer's decoding."""
     return process.ProcessRewards(self._process, decode)
 
-  def make_agent(self, closing: contextlib.AsyncExitStack) -> agents_base.Agent:
+  def make_agent(
+    self,
+    closing: contextlib.AsyncExitStack,
+    line: lineup.Lineup | None = None,
+  ) -> agents_base.Agent:
     """The agent; used from one asyncio loop.
 
-    It has tools where a domain's work is done on files. With a `place` in the
-    configuration, the function there makes it, given this side and `closing`.
+    With a `place` in the configuration, the function there makes it, given
+    this side and `closing`.
 
     Args:
       closing: gets what closes the agent.
+      line: what it is made from; None: what the run's is made from.
 
     Raises:
       ConfigError: there is nothing at the place.
       SandboxError: tools need sandboxes, and this machine cannot make any.
     """
-    if self._place is not None:
-      return registry.find("agent", self._place)(self, closing)
-    agent = react.ReactAgent(self.agent, context=self.context)
-    closing.push_async_callback(agent.aclose)
-    if not any(map(_works_on_files, self.domains.values())):
-      return agent
-    return workspace.WorkspaceAgent(
-      agent,
-      backends.make(self.sandbox),
-      workspace.WorkspaceConfig(self.tools),
-    )
+    if place := self.lineup.config.place:
+      return registry.find("agent.place", place)(self, closing)
+    on_files = any(map(_works_on_files, self.domains.values()))
+    return (line or self.lineup).make(closing, on_files=on_files)
 
 
 def _works_on_files(domain: tasks_base.Domain) -> bool:

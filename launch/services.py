@@ -87,7 +87,7 @@ class Services:
         list(self._side.domains.values()),
         split,
         count,
-        self._agent,
+        self._evaluated,
         self._client,
         model_name=self._gateway_config.model_name,
         permits=self._side.rollout.permits,
@@ -102,7 +102,10 @@ class Services:
     self._client = client.GatewayClient(
       self._gateway.url, self._gateway.admin_token
     )
-    self._agent = self._side.make_agent(self._closing)
+    side = self._side
+    self._agent = self._evaluated = side.make_agent(self._closing)
+    if side.evaluated is not side.lineup:
+      self._evaluated = side.make_agent(self._closing, side.evaluated)
 
   async def _start_host(self, queue) -> None:
     if self._tickets is not None:

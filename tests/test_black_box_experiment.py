@@ -2,20 +2,20 @@
 
 import contextlib
 import os
-import types as python_types
 
 import pytest
 
 from experiments import black_box_calculator
 from forge_jax import errors, types
-from forge_jax.agents.sandbox import backends
 from forge_jax.gateway import client, scripted
 from forge_jax.rollout import episode as episode_lib
+from launch import rollout_side
 
 
 async def play(replies, question, truth):
   """An episode, and the prompts of its requests."""
-  side = python_types.SimpleNamespace(sandbox=backends.SandboxConfig())
+  values = black_box_calculator.get_config().to_dict()
+  side = rollout_side.RolloutSide(values)
   task = types.Task("p/train/0", "p", 0, {"question": question, "truth": truth})
   domain = black_box_calculator.PrintedAnswers(
     black_box_calculator.PrintedAnswersConfig()

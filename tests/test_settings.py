@@ -4,7 +4,10 @@ import dataclasses
 import importlib
 import pathlib
 import re
+import sys
 
+from absl import flags
+from ml_collections import config_flags
 import pytest
 
 from forge_jax import errors, settings
@@ -139,5 +142,45 @@ def test_an_agent_of_ones_own_has_a_place():
   assert side.make_agent("closing") == (side, "closing")
   values["agent"]["place"] = f"{__name__}:nothing"
   side = rollout_side.RolloutSide(values)
-  with pytest.raises(errors.ConfigError, match=r"config\.agent: nothing at"):
+  with pytest.raises(errors.ConfigError, match=r"agent\.place: nothing at"):
     side.make_agent("closing")
+
+
+def test_what_an_agent_is_made_of_can_be_said_by_flags(monkeypatch):
+  from experiments import word_problems_smollm2
+
+  argv = [
+    "train",
+    f"--config.agent.place={__name__}:make_agent",
+    "--config.agent.helpers=3",
+    "--config.agent.scaffolds=('native', 'xml')",
+    "--config.agent.mcp=('desk=python3 server.py',)",
+    "--config.sandbox.ready=0",
+  ]
+  monkeypatch.setattr(sys, "argv", argv)  # where overrides are looked for
+  values = flags.FlagValues()
+  config_flags.DEFINE_config_dict(
+    "config", word_problems_smollm2.get_config(), flag_values=values
+  )
+  values(argv)
+  side = rollout_side.RolloutSide(values.config.to_dict())
+  assert side.make_agent("closing") == (side, "closing")
+  config = side.lineup.config
+  assert (config.helpers, config.scaffolds) == (3, ("native", "xml"))
+  assert config.servers().servers[0].command == ("python3", "server.py")
+  assert side.lineup.sandbox.ready == 0
+
+
+def test_evaluations_may_manage_the_context_in_their_own_way():
+  from experiments import word_problems_smollm2
+
+  values = word_problems_smollm2.get_config().to_dict()
+  side = rollout_side.RolloutSide(values)
+  assert side.evaluated is side.lineup
+  values["eval"]["context"] = "truncate"
+  side = rollout_side.RolloutSide(values)
+  assert side.lineup.context.strategy == "none"
+  assert side.evaluated.context.strategy == "truncate"
+  values["eval"]["context"] = "forget"
+  with pytest.raises(errors.ConfigError, match="'forget'; expected one of"):
+    rollout_side.RolloutSide(values)

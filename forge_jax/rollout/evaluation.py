@@ -28,6 +28,7 @@ class EvalConfig:
   phrasings: int = 200  # of the unseen phrasings, before and after the run
   every: int = 0  # trainer steps between evaluations during the run; 0: none
   during: int = 64  # held-out tasks of an evaluation during the run
+  context: str = ""  # strategy of a white-box agent's context; "": the run's
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

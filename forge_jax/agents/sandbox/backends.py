@@ -16,8 +16,15 @@ class SandboxConfig:
   backend: str = "bubblewrap"
   image: str = ""  # of containers
   show: tuple[str, ...] = ()  # paths that agents see, read-only
+  # That wait, open, for the next episode of a run; 0: each is opened for its
+  # own, which waits.
+  ready: int = 2
 
   def __post_init__(self):
+    if self.ready < 0:
+      raise errors.ConfigError(
+        f"sandbox.ready is {self.ready}; expected at least 0"
+      )
     known = (*_PLAIN, *containers.ENGINES)
     if self.backend not in known:
       raise errors.ConfigError(
