@@ -50,20 +50,29 @@ def cispo_loss(
   real = weight != 0
   terms = jnp.where(real, weight * clipped * advantage * logprob, 0.0)
 
+  metrics = ratio_metrics(log_ratio, ratio != clipped, real)
+  return -terms.sum(), metrics
+
+
+def ratio_metrics(
+  log_ratio: jax.Array, clipped: jax.Array, real: jax.Array
+) -> dict[str, jax.Array]:
+  """The metrics of `cispo_loss`; bool `clipped` says which rows count so."""
+  ratio = jnp.exp(log_ratio)
+
   def total(values):
     return jnp.where(real, values, 0.0).sum()
 
   def largest(values):  # of values that are never negative
     return jnp.where(real, values, 0.0).max(initial=0.0)
 
-  metrics = {
+  return {
     "count": real.sum().astype(ratio.dtype),
     "ratio": total(ratio),
     "ratio_squared": total(ratio**2),
     "ratio_max": largest(ratio),
-    "clipped": total((ratio != clipped).astype(ratio.dtype)),
+    "clipped": total(clipped.astype(ratio.dtype)),
     "log_ratio_abs": total(jnp.abs(log_ratio)),
     "log_ratio_abs_max": largest(jnp.abs(log_ratio)),
     "kl": total(ratio - 1 - log_ratio),
   }
-  return -terms.sum(), metrics

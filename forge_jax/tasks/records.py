@@ -59,6 +59,7 @@ class RecordsConfig:
   seconds: float = 0.0  # that looking a name up takes
   padding: int = 0  # words that it says beside what was asked
   max_tokens: int = 96  # most new tokens of one assistant turn
+  names: int = len(NAMES)  # that there are: few are learned sooner
   seed: int = 0  # of the train split only
 
   def __post_init__(self):
@@ -68,10 +69,14 @@ class RecordsConfig:
         raise errors.ConfigError(
           f"records.{name}={least, most}; expected 1 <= least <= most"
         )
-    if self.starts[1] * (self.hops[1] + 1) > len(NAMES):
+    if self.names > len(NAMES):
+      raise errors.ConfigError(
+        f"records.names={self.names}; there are {len(NAMES)}"
+      )
+    if self.starts[1] * (self.hops[1] + 1) > self.names:
       raise errors.ConfigError(
         f"records.starts={self.starts} and hops={self.hops} need more than the "
-        f"{len(NAMES)} names there are"
+        f"{self.names} names there are"
       )
 
 
@@ -82,6 +87,7 @@ class Records:
 
   def __init__(self, config: RecordsConfig):
     self._config = config
+    self._names = NAMES[: config.names]
 
   @property
   def max_tokens(self) -> int:
@@ -120,7 +126,7 @@ class Records:
     ends = {"role": "assistant", "content": " ".join(c[-1] for c in chains)}
     rounds = zip(*(chain[:-1] for chain in chains), strict=True)
     if policy == "random":
-      names = random.Random(task.id).sample(NAMES, len(chains))
+      names = random.Random(task.id).sample(self._names, len(chains))
       return [{"role": "assistant", "content": " ".join(names)}]
     if policy == "sequential":
       rounds = [[name] for chain in chains for name in chain[:-1]]
@@ -137,7 +143,7 @@ class Records:
   def _draw(self, rng: random.Random) -> dict[str, Any]:
     count = rng.randint(*self._config.starts)
     hops = rng.randint(*self._config.hops)
-    names = rng.sample(NAMES, count * (hops + 1))
+    names = rng.sample(self._names, count * (hops + 1))
     chains = [names[i::count] for i in range(count)]
     starts = " ".join(chain[0] for chain in chains)
     return {"question": f"Follow {hops}: {starts}", "chains": chains}

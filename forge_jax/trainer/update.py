@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 import optax
 
 from forge_jax import errors, types
-from forge_jax.algo import cispo, mtp
+from forge_jax.algo import cispo, grpo, mtp
 from forge_jax.model import decoder as decoder_lib
 from forge_jax.model import mtp as mtp_lib
 from forge_jax.model import sharding
@@ -26,6 +26,7 @@ from forge_jax.tree import attention as tree_attention
 from forge_jax.tree import unmerge
 
 _LOG = logging.getLogger(__name__)
+LOSSES = {"cispo": cispo.cispo_loss, "grpo_clip": grpo.grpo_loss}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +47,7 @@ class UpdateConfig:
   eps: float = 1e-15
   weight_decay: float = 0.0
   clip_norm: float = 1.0
+  loss: str = "cispo"  # or "grpo_clip", whose paper has ratios in [0.8, 1.2]
   ratio_min: float = 0.0
   ratio_max: float = 5.0
   attention: str = "auto"  # see tree.attention; auto: the mesh's fastest
@@ -56,6 +58,10 @@ class UpdateConfig:
   mtp_top_k: int = 64  # tokens of the policy that drafts are trained towards
 
   def __post_init__(self):
+    if self.loss not in LOSSES:
+      raise errors.ConfigError(
+        f"trainer.loss={self.loss!r}; expected one of {list(LOSSES)}"
+      )
     if self.attention not in tree_attention.NAMES:
       raise errors.ConfigError(
         f"trainer.attention={self.attention!r}; expected one of "
@@ -241,7 +247,7 @@ class Updater:
     """Loss (a sum over rows) and metric sums of a device batch."""
     hidden_BTD = self._hidden(params, batch)
     logprob_BM, entropy_BE = self._row_logprobs(params, hidden_BTD, batch)
-    loss, sums = cispo.cispo_loss(
+    loss, sums = LOSSES[self.config.loss](
       logprob_BM,
       batch.old_logprob_BM,
       batch.advantage_BM,

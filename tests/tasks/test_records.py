@@ -80,8 +80,22 @@ def test_harder_questions_have_more_hops():
 
 @pytest.mark.parametrize(
   ("values", "found"),
-  [({"starts": (2, 1)}, r"starts=\(2, 1\)"), ({"hops": (1, 99)}, "need more")],
+  [
+    ({"starts": (2, 1)}, r"starts=\(2, 1\)"),
+    ({"hops": (1, 99)}, "need more"),
+    ({"names": 3, "starts": (1, 2)}, "need more than the 3 names"),
+    ({"names": 97}, "there are 96"),
+  ],
 )
 def test_what_cannot_work_is_refused(values, found):
   with pytest.raises(errors.ConfigError, match=found):
     records.RecordsConfig(**values)
+
+
+def test_few_names_are_all_that_occur():
+  domain = records.Records(records.RecordsConfig(names=6, starts=(2, 2)))
+  tasks = [domain.task("train", index) for index in range(40)]
+  seen = {
+    n for task in tasks for chain in task.payload["chains"] for n in chain
+  }
+  assert seen == set(records.NAMES[:6])
