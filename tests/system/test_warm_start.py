@@ -1,11 +1,12 @@
 """A model of random weights imitates scripts over the real loop."""
 
 from experiments import records_warm_start
+from forge_jax.gateway import scripted
 from forge_jax.gateway import tokenizer as tokenizer_lib
 from forge_jax.model import files
 from forge_jax.observe import metrics
 from forge_jax.tasks import records
-from launch import local, new_model
+from launch import build, local, new_model, services
 
 
 def test_imitation_makes_the_scripts_likelier(tmp_path):
@@ -35,3 +36,22 @@ def test_imitation_makes_the_scripts_likelier(tmp_path):
   local.export_checkpoint(str(run), str(tmp_path / "model"))
   config, _ = files.read_model(str(tmp_path / "model"))
   assert (config.width, config.vocab_size) == (16, len(tokenizer))
+
+
+def test_an_evaluation_manages_the_context_in_its_own_way():
+  values = records_warm_start.get_config().to_dict()
+  del values["scratch"]
+  values["imitate"] = ("optimal",)
+  values["domains"]["records"] |= {"starts": (1, 1), "hops": (3, 3)}
+  values["context"]["keep"] = 1
+  values["eval"]["context"] = "truncate"
+  plan = build.Blueprint(values)
+  tokenizer = scripted.byte_tokenizer()
+  teacher = plan.teacher(tokenizer, max_context=2**20)
+  with services.Services(
+    teacher, tokenizer, plan.parts["gateway"], plan.side
+  ) as running:
+    (episode,) = running.evaluate("train", 1).episodes
+  assert episode.perf == 1.0
+  changes = [m["content"] for m in episode.messages if m["role"] == "context"]
+  assert changes == ["truncate: 1 messages dropped"] * 2
