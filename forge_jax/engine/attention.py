@@ -7,10 +7,13 @@ those drafted to follow it, then B blocks of W tokens of a sequence each, then
 padding.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from forge_jax import errors
 from forge_jax.engine import pallas_paged
@@ -75,12 +78,23 @@ def choose(platform: str, kind: str = "auto") -> str:
 
 
 def cache_shapes(
-  kind: str, pages: int, page: int, kv_heads: int, channels: int
+  kind: str, pages: int, page: int, kv_heads: int, channels: int, ways: int = 1
 ) -> tuple[tuple[int, ...], ...]:
-  """Shapes of the arrays of one layer's cache; pages come first."""
+  """Shapes of the arrays of one layer's cache; pages come first.
+
+  With several `ways`, so many devices share the heads.
+  """
   if kind == "pallas_tpu":
-    return (pallas_paged.cache_shape(pages, page, kv_heads, channels),)
+    *shape, heads, channels = pallas_paged.cache_shape(
+      pages, page, kv_heads // ways, channels
+    )
+    return ((*shape, heads * ways, channels),)
   return ((pages, kv_heads, page, channels),) * 2
+
+
+def cache_spec(kind: str) -> P:
+  """How the arrays of a cache are split over a mesh: by heads."""
+  return P(None, None, "tensor") if kind == "pallas_tpu" else P(None, "tensor")
 
 
 def write(
@@ -140,6 +154,7 @@ class Paged:
   """A layer's attention of a step's tokens, which joins them to its pages.
 
   Stands for the decoder's `attend`, once; `cache` then holds the tokens, too.
+  Every device has its own heads, to which the others' are nothing.
   """
 
   def __init__(
@@ -149,21 +164,37 @@ class Paged:
     at: tuple[jax.Array, jax.Array],
     decode: Rows,
     blocks: Rows,
+    mesh: Mesh,
   ):
     """Takes the pages so far, and where the tokens of `attend` go."""
     self.cache = cache
-    self._kind, self._at = kind, at
-    self._decode, self._blocks = decode, blocks
+    self._kind, self._mesh = kind, mesh
+    self._rows = at, decode, blocks
 
   def __call__(
     self, q_THC: jax.Array, k_TKC: jax.Array, v_TKC: jax.Array
   ) -> jax.Array:
     """See `attend`."""
-    self.cache = write(self._kind, self.cache, k_TKC, v_TKC, *self._at)
-    heads = k_TKC.shape[-2]
-    return attend(
-      self._kind, q_THC, self.cache, heads, self._decode, self._blocks
-    )
+    join = functools.partial(_join, self._kind)
+    if self._mesh.shape["tensor"] > 1:
+      heads, pages = P(None, "tensor"), cache_spec(self._kind)
+      join = jax.shard_map(
+        join,
+        mesh=self._mesh,
+        in_specs=(heads, heads, heads, pages, P()),
+        out_specs=(heads, pages),
+        check_vma=False,  # no kernel says how its outputs vary
+      )
+    o_THC, self.cache = join(q_THC, k_TKC, v_TKC, self.cache, self._rows)
+    return o_THC
+
+
+def _join(kind, q_THC, k_TKC, v_TKC, cache, rows):
+  """Writes one device's heads to its pages, then attends over them."""
+  at, decode, blocks = rows
+  cache = write(kind, cache, k_TKC, v_TKC, *at)
+  heads = k_TKC.shape[-2]
+  return attend(kind, q_THC, cache, heads, decode, blocks), cache
 
 
 def _by_pages(

@@ -19,6 +19,7 @@ class EngineConfig:
   prefill_chunk: int = 16  # prompt tokens of a block
   least_tokens: int = 0  # rows that every matrix product has at least
   attention: str = "auto"  # or one of `attention.KINDS`
+  tensor_parallel: int = 1  # devices that every step is split over
   prefill_patience: int = 4  # decode steps a part-filled prefill step waits
   decode_steps: int = 4  # tokens decoded at once while nobody waits
   step_tokens: int = 0  # most tokens of a step; 0: as many as fit its shapes
@@ -50,7 +51,7 @@ class EngineConfig:
       raise errors.ConfigError(
         f"the last of decode_rows={self.decode_rows} must be slots={self.slots}"
       )
-    for name in ("page", "prefill_chunk"):
+    for name in ("page", "prefill_chunk", "tensor_parallel"):
       if getattr(self, name) < 1:
         raise errors.ConfigError(f"{name}={getattr(self, name)} is below 1")
     if self.cache_tokens and self.pages - 1 < self.sequence_pages:

@@ -66,7 +66,7 @@ def keep(
 
 def draft(
   decoder: decoder_lib.UnrolledDecoder,
-  kind: str,
+  attend: Callable[..., attention.Paged],
   caches: Sequence[ModuleCache],
   rows: attention.Rows,
   sample: Callable[[jax.Array, jax.Array], jax.Array],
@@ -80,7 +80,8 @@ def draft(
 
   Args:
     decoder: with one module at least.
-    kind: of attention.
+    attend: makes a layer's attention of its cache, where its tokens go, and
+      the rows of few and of many tokens.
     caches: of the modules, up to the row's token.
     rows: D rows of one token, whose `length_R` counts it and the drafts that
       the row has room for.
@@ -113,16 +114,14 @@ def draft(
       )
     else:
       before_DWD = state_DWD[:, -1:]
-    attend = attention.Paged(
-      kind, cache.layer, some.places(page, pages), some, none
-    )
+    paged = attend(cache.layer, some.places(page, pages), some, none)
     state_TD = decoder.mtp[number](
       decoder.embed(some.token_RW.reshape(-1), decoder.dtype),
       before_DWD.reshape(-1, before_DWD.shape[-1]),
       rope.angles(decoder.config, some.position_RW.reshape(-1)),
-      attend,
+      paged,
     )
-    caches[number] = ModuleCache(attend.cache, cache.state_PSD)
+    caches[number] = ModuleCache(paged.cache, cache.state_PSD)
     state_DWD = state_TD.reshape(before_DWD.shape)
     logits_DV = decoder.logits(state_DWD[:, -1])
     tokens.append(sample(logits_DV, rows.start_R + n + 1))

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 import numpy as np
 
 from forge_jax.engine import attention, drafts, prefix_cache
@@ -27,18 +29,28 @@ class Pages:
     kind: str,
     dtype: jnp.dtype,
     modules: int,
+    mesh: Mesh,
   ):
     """Allocates them, for a kind of attention and so many drafting modules."""
     shapes = attention.cache_shapes(
-      kind, config.pages, config.page, model.num_kv_heads, model.head_dim
+      kind,
+      config.pages,
+      config.page,
+      model.num_kv_heads,
+      model.head_dim,
+      config.tensor_parallel,
     )
-    layer = lambda: tuple(jnp.zeros(shape, dtype) for shape in shapes)
+    heads = NamedSharding(mesh, attention.cache_spec(kind))
+    whole = NamedSharding(mesh, P())
+    # Where the layers and the modules are.
+    self.placement = heads, [drafts.ModuleCache(heads, whole)] * modules
+    layer = lambda: tuple(jnp.zeros(s, dtype, device=heads) for s in shapes)
     state = (config.pages, config.page, model.width)
     self.layers: list[attention.Cache] = [
       layer() for _ in range(model.num_layers)
     ]
     self.modules = [
-      drafts.ModuleCache(layer(), jnp.zeros(state, dtype))
+      drafts.ModuleCache(layer(), jnp.zeros(state, dtype, device=whole))
       for _ in range(modules)
     ]
     self._host = [
@@ -46,9 +58,10 @@ class Pages:
       for x in jax.tree.leaves((self.layers, self.modules))
     ]
     self.compilations = 0  # traces of the functions below, for tests
-    self._copy = jax.jit(self._copy_fn, donate_argnums=(0,))
+    onto = {"donate_argnums": (0,), "out_shardings": self.placement}
+    self._copy = jax.jit(self._copy_fn, **onto)
     self._save = jax.jit(self._save_fn)
-    self._load = jax.jit(self._load_fn, donate_argnums=(0,))
+    self._load = jax.jit(self._load_fn, **onto)
 
   def move(self, moves: Sequence[prefix_cache.Move]) -> None:
     """Copies pages, in order, on the device and from and to the host."""

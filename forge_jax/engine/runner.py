@@ -9,6 +9,9 @@ Invariants:
     that follow, B blocks of prompt tokens are added. After `warm_up` nothing
     compiles.
   - Pages are donated: one set of buffers a layer, updated in place.
+  - A step is one program of `tensor_parallel` devices. Each has a share of the
+    heads, with their pages, of the MLPs and of the vocabulary; what passes
+    between layers, and the logits that are sampled from, each has whole.
   - A row's result does not depend on the other rows but for rounding. On a CPU
     it is the same to the last bit where `least_tokens` is 64 or more and a step
     has room for four blocks at least: the products then go the same way.
@@ -20,6 +23,7 @@ import dataclasses
 from flax import nnx
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 
 from forge_jax import errors
@@ -29,6 +33,7 @@ from forge_jax.engine import config as config_lib
 from forge_jax.engine import pages as pages_lib
 from forge_jax.engine import sampling as sampling_lib
 from forge_jax.model import decoder as decoder_lib
+from forge_jax.model import sharding
 
 
 class Runner:
@@ -44,7 +49,8 @@ class Runner:
       config: sizes; `context` must not exceed the model's.
 
     Raises:
-      ConfigError: the context is longer than the model's.
+      ConfigError: the context is longer than the model's, or the model cannot
+        be split over so many devices.
     """
     self.config = config
     self.model = decoder.config
@@ -54,6 +60,11 @@ class Runner:
         f"engine context {config.context} exceeds the model's "
         f"{self.model.max_context}"
       )
+    ways = config.tensor_parallel
+    self._mesh = sharding.make_mesh(
+      sharding.MeshConfig(tensor=ways), jax.devices()[:ways]
+    )
+    sharding.check_divisible(self.model, self._mesh)
     self._kind = attention.choose(jax.default_backend(), config.attention)
     # Modules that draft; others are not taken in.
     self.modules = min(self.model.mtp_modules, config.draft_tokens)
@@ -61,15 +72,31 @@ class Runner:
     graph, abstract = nnx.split(nnx.eval_shape(lambda: self._unroll(decoder)))
     self._graph, self._structure = graph, jax.tree.structure(abstract)
     self._pages = pages_lib.Pages(
-      self.model, config, self._kind, self.dtype, self.modules
+      self.model, config, self._kind, self.dtype, self.modules, self._mesh
     )
     self._compiled = 0  # traces of the functions below
-    self._run = jax.jit(self._run_fn, donate_argnums=(1, 2))
-    self._draft = jax.jit(
-      self._draft_fn, static_argnames=("count",), donate_argnums=(1,)
+    # Placements are spelled out, so that one step's outputs are the next one's
+    # inputs as they are, and nothing is compiled twice.
+    weights = jax.tree.leaves(sharding.placements(abstract, self._mesh))
+    layers, modules = self._pages.placement
+    whole = NamedSharding(self._mesh, PartitionSpec())
+    self._run = jax.jit(
+      self._run_fn,
+      in_shardings=(weights, layers, modules, whole),
+      out_shardings=(whole, whole, layers, modules),
+      donate_argnums=(1, 2),
     )
-    self._sample = jax.jit(self._sample_fn)
-    self._prepare = jax.jit(self._prepare_fn)
+    self._draft = jax.jit(
+      self._draft_fn,
+      in_shardings=(weights, modules, whole),
+      out_shardings=(whole, modules),
+      static_argnames=("count",),
+      donate_argnums=(1,),
+    )
+    self._sample = jax.jit(
+      self._sample_fn, in_shardings=whole, out_shardings=whole
+    )
+    self._prepare = jax.jit(self._prepare_fn, out_shardings=weights)
     self.set_weights(self.prepare(state))
 
   @property
@@ -80,9 +107,10 @@ class Runner:
   def prepare(self, state: nnx.State) -> list[jax.Array]:
     """A copy of a decoder's state in the form that `set_weights` takes.
 
-    May be called from any thread; the state may be donated elsewhere after.
+    May be called from any thread; the state may be on other devices, and be
+    donated elsewhere after.
     """
-    return self._prepare(state)
+    return self._prepare(sharding.place(state, self._mesh))
 
   def set_weights(self, weights: list[jax.Array]) -> None:
     """Takes prepared weights; pages are kept."""
@@ -117,7 +145,7 @@ class Runner:
     for _ in range(decode_steps):
       if count:
         token_DW, pages.modules = self._draft(
-          self._weights, pages.modules, batch, count=count
+          self._weights, pages.modules, batch, count
         )
         batch = batch.of(token_DW)
       result, logits_RV, pages.layers, pages.modules = self._run(
@@ -190,7 +218,8 @@ class Runner:
   def _unroll(
     self, decoder: decoder_lib.Decoder
   ) -> decoder_lib.UnrolledDecoder:
-    return decoder_lib.UnrolledDecoder(decoder, self.modules)
+    ways = self.config.tensor_parallel
+    return decoder_lib.UnrolledDecoder(decoder, self.modules, ways)
 
   def _prepare_fn(self, state: nnx.State) -> list[jax.Array]:
     """Stacked weights as the unrolled forward pass wants them."""
@@ -210,7 +239,7 @@ class Runner:
     token_T, position_T = batch.tokens(padding)
     at = batch.places(config, padding)
     attends = [
-      attention.Paged(self._kind, cache, at, batch.decode, batch.blocks)
+      self._attend(cache, at, batch.decode, batch.blocks)
       for cache in [*layers, *(module.layer for module in modules)]
     ]
     trunk, others = attends[: len(layers)], attends[len(layers) :]
@@ -229,7 +258,7 @@ class Runner:
     last_R = batch.last()
     padding = max(config.least_tokens - len(last_R), 0)
     hidden_RD = jnp.pad(hidden_TD[last_R], ((0, padding), (0, 0)))
-    logits_RV = decoder.logits(hidden_RD)
+    logits_RV = self._gather(decoder.logits(hidden_RD))
     # Padding repeats the last row: it limits nothing that no row limits.
     args = (jnp.pad(x, (0, padding), "edge") for x in batch.sample_args())
     sampled = sampling_lib.sample(logits_RV, *args)
@@ -243,18 +272,28 @@ class Runner:
     )
     return _result(fields, batch.decode)
 
-  def _draft_fn(self, weights, modules, batch, *, count):
+  def _draft_fn(self, weights, modules, batch, count):
     """Traced: drafts tokens; their keys and values are written, too."""
     self._compiled += 1
     rows = batch.decode
     seed_D, *rest = (x[: len(rows.start_R)] for x in batch.draw)
 
     def sample(logits_DV, position_D):
+      logits_DV = self._gather(logits_DV)
       return sampling_lib.sample(logits_DV, seed_D, position_D, *rest)[0]
 
-    return drafts.draft(
-      self._merge(weights), self._kind, modules, rows, sample, count
-    )
+    decoder = self._merge(weights)
+    return drafts.draft(decoder, self._attend, modules, rows, sample, count)
+
+  def _attend(self, cache, at, decode, blocks) -> attention.Paged:
+    return attention.Paged(self._kind, cache, at, decode, blocks, self._mesh)
+
+  def _gather(self, logits_RV: jax.Array) -> jax.Array:
+    """Whole on every device, each of which has computed a share."""
+    for spec in (PartitionSpec(None, "tensor"), PartitionSpec()):
+      at = NamedSharding(self._mesh, spec)
+      logits_RV = jax.lax.with_sharding_constraint(logits_RV, at)
+    return logits_RV
 
   def _merge(self, weights) -> decoder_lib.UnrolledDecoder:
     return nnx.merge(self._graph, jax.tree.unflatten(self._structure, weights))

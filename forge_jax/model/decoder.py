@@ -189,12 +189,13 @@ class UnrolledDecoder(nnx.Module):
   Projections of one input are joined to one matrix.
   """
 
-  def __init__(self, decoder: Decoder, modules: int = 0):
+  def __init__(self, decoder: Decoder, modules: int = 0, ways: int = 1):
     """Takes a decoder's weights, sliced by layer.
 
     Args:
       decoder: the weights.
       modules: how many of its modules that predict further tokens to take.
+      ways: how many devices share each matrix.
     """
     graph, stacked = nnx.split(decoder.layers)
     self.config = decoder.config
@@ -207,8 +208,8 @@ class UnrolledDecoder(nnx.Module):
       ]
     )
     for layer in self.layers:
-      layer.attention.join()
-      layer.mlp.join()
+      layer.attention.join(ways)
+      layer.mlp.join(ways)
     self.final_norm = decoder.final_norm
     self.head = decoder.head
     self.mtp = nnx.List(list(decoder.mtp)[:modules])

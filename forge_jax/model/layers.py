@@ -4,7 +4,7 @@ Kernels are input-major (`y = x @ kernel`) and kept in the parameters' dtype;
 a layer computes in the dtype of its input, norms and rotations in float32.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import itertools
 
 from flax import nnx
@@ -48,20 +48,30 @@ def _affine(
 
 
 class Joined(nnx.Module):
-  """Several linear maps of one input as one product, which is faster."""
+  """Several linear maps of one input as one product, which is faster.
 
-  def __init__(self, *linears: Linear):
-    join = lambda parts: jnp.concatenate([p[...] for p in parts], axis=-1)
-    self.kernel = nnx.Param(join([linear.kernel for linear in linears]))
+  Its columns are in as many parts as devices share them, each with a share of
+  every map's.
+  """
+
+  def __init__(self, *linears: Linear, ways: int = 1):
+    def join(arrays: Sequence[nnx.Param]) -> nnx.Param:
+      split = [a[...].reshape(*a.shape[:-1], ways, -1) for a in arrays]
+      joined = jnp.concatenate(split, axis=-1)
+      return nnx.Param(joined.reshape(*joined.shape[:-2], -1))
+
+    self.kernel = join([linear.kernel for linear in linears])
     biases = [linear.bias for linear in linears]
-    self.bias = None if biases[0] is None else nnx.Param(join(biases))
-    widths = [linear.kernel.shape[1] for linear in linears]
+    self.bias = None if biases[0] is None else join(biases)
+    widths = [linear.kernel.shape[1] // ways for linear in linears]
     self.ends = tuple(itertools.accumulate(widths))
 
   def __call__(self, x: jnp.ndarray) -> list[jnp.ndarray]:
     """What each of the maps gives."""
     y = _affine(x, self.kernel, self.bias)
-    return jnp.split(y, self.ends[:-1], axis=-1)
+    y = y.reshape(*x.shape[:-1], -1, self.ends[-1])
+    parts = jnp.split(y, self.ends[:-1], axis=-1)
+    return [part.reshape(*x.shape[:-1], -1) for part in parts]
 
 
 class RMSNorm(nnx.Module):
@@ -98,9 +108,10 @@ class Attention(nnx.Module):
     self.head_dim = c.head_dim
     self.joined = None  # query, key and value, once `join` was called
 
-  def join(self) -> None:
+  def join(self, ways: int) -> None:
     """Turns the projections of the input into one, for inference."""
-    self.joined = nnx.data(Joined(self.query, self.key, self.value))
+    parts = self.query, self.key, self.value
+    self.joined = nnx.data(Joined(*parts, ways=ways))
     del self.query, self.key, self.value
 
   def __call__(
@@ -130,9 +141,9 @@ class Mlp(nnx.Module):
     self.down = Linear(hidden, width, bias=bias, rngs=rngs)
     self.joined = None  # gate and up, once `join` was called
 
-  def join(self) -> None:
+  def join(self, ways: int) -> None:
     """Turns gate and up into one projection, for inference."""
-    self.joined = nnx.data(Joined(self.gate, self.up))
+    self.joined = nnx.data(Joined(self.gate, self.up, ways=ways))
     del self.gate, self.up
 
   def __call__(self, x: jnp.ndarray) -> jnp.ndarray:

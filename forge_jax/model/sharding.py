@@ -7,6 +7,7 @@ the first rule that matches wins.
 
 from collections.abc import Sequence
 import dataclasses
+import math
 import re
 
 import jax
@@ -22,11 +23,14 @@ BATCH_AXES = ("data", "fsdp")  # packs of a batch are split over these
 
 RULES = (
   (r"^(embed|head)/embedding$", P("tensor", "fsdp")),
-  (r"^layers/attention/(query|key|value)/kernel$", P(None, "fsdp", "tensor")),
-  (r"^layers/attention/(query|key|value)/bias$", P(None, "tensor")),
+  (
+    r"^layers/attention/(query|key|value|joined)/kernel$",
+    P(None, "fsdp", "tensor"),
+  ),
+  (r"^layers/attention/(query|key|value|joined)/bias$", P(None, "tensor")),
   (r"^layers/attention/out/kernel$", P(None, "tensor", "fsdp")),
-  (r"^layers/mlp/(gate|up)/kernel$", P(None, "fsdp", "tensor")),
-  (r"^layers/mlp/(gate|up)/bias$", P(None, "tensor")),
+  (r"^layers/mlp/(gate|up|joined)/kernel$", P(None, "fsdp", "tensor")),
+  (r"^layers/mlp/(gate|up|joined)/bias$", P(None, "tensor")),
   (r"^layers/mlp/down/kernel$", P(None, "tensor", "fsdp")),
   (r"^mtp/\d+/project/kernel$", P("fsdp")),
   (r"", P()),  # norms and output biases are replicated
@@ -67,25 +71,28 @@ def check_divisible(model: model_config.ModelConfig, mesh: Mesh) -> None:
   """Checks that the model can be split over the mesh.
 
   Raises:
-    ConfigError: naming the dimension and the axis that does not divide it.
+    ConfigError: naming the dimension, the axis that does not divide it, and
+      what would.
   """
   split = {
     "tensor": ("vocab_size", "num_heads", "num_kv_heads", "mlp_width"),
     "fsdp": ("width",),
   }
   for axis, names in split.items():
+    most = math.gcd(*(getattr(model, name) for name in names))
     for name in names:
       size = getattr(model, name)
       if size % mesh.shape[axis]:
         raise errors.ConfigError(
           f"mesh axis {axis}={mesh.shape[axis]} does not divide the model's "
-          f"{name}={size}"
+          f"{name}={size}; expected a divisor of {most}, which divides "
+          f"{', '.join(names)}"
         )
 
 
 def spec_of(name: str) -> P:
   """The placement of the parameter of a '/'-joined name."""
-  stacked = re.sub(r"^mtp/\d+/layer/", "layers/", name)
+  stacked = re.sub(r"^(mtp/\d+/layer|layers/\d+)/", "layers/", name)
   spec = next(spec for rule, spec in RULES if re.search(rule, stacked))
   return spec if stacked == name else P(*spec[1:])  # without the axis L
 

@@ -24,8 +24,8 @@ TOPOLOGIES = {"v5p": "v5p:2x2x1", "v5e": "v5e:2x2", "v6e": "v6e:2x2"}
 PAGES, TABLE = 1024, 64
 
 
-def main(tpu, *sizes):
-  H, K, C, page, D, F, B, W = map(int, sizes)
+def devices(tpu):
+  """Four chips."""
   jax.config.update("jax_platforms", "cpu")
   # An executable for an absent device cannot be read back from the cache.
   jax.config.update("jax_enable_compilation_cache", False)
@@ -34,9 +34,14 @@ def main(tpu, *sizes):
     "TPU_WORKER_HOSTNAMES": "localhost",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # there is no chip to quarrel over
   }
-  device = topologies.get_topology_desc(
+  return topologies.get_topology_desc(
     platform="tpu", topology_name=TOPOLOGIES[tpu]
-  ).devices[0]
+  ).devices
+
+
+def main(tpu, *sizes):
+  H, K, C, page, D, F, B, W = map(int, sizes)
+  device = devices(tpu)[0]
   place = jax.sharding.SingleDeviceSharding(device)
 
   def array(*shape, dtype=jnp.int32):

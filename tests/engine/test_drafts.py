@@ -29,7 +29,7 @@ from forge_jax.engine import (
 )
 from forge_jax.engine import pages as pages_lib
 from forge_jax.model import decoder as decoder_lib
-from forge_jax.model import mtp, published, rope
+from forge_jax.model import mtp, published, rope, sharding
 
 CONFIG = config.EngineConfig(
   slots=8,
@@ -107,14 +107,18 @@ def test_drafts_are_what_the_modules_say_on_the_whole_sequence(modules):
 def test_upkeep_of_the_last_module_has_no_attention(modules):
   model = drafting(modules)
   unrolled = decoder_lib.UnrolledDecoder(model, modules)
-  pages = pages_lib.Pages(model.config, CONFIG, "xla", model.dtype, modules)
+  mesh = sharding.make_mesh(sharding.MeshConfig(), jax.devices()[:1])
+  pages = pages_lib.Pages(
+    model.config, CONFIG, "xla", model.dtype, modules, mesh
+  )
   rows = batch.make([row([1], 5)], [], 8, 0, CONFIG).decode
 
   def keep(caches, hidden_TD, rows):
     at, before = (rows.places(8, 10, back) for back in range(2))
     none = jax.tree.map(lambda x: x[:0], rows)
     attends = [
-      attention.Paged("xla", cache.layer, at, rows, none) for cache in caches
+      attention.Paged("xla", cache.layer, at, rows, none, mesh)
+      for cache in caches
     ]
     tokens, position = rows.token_RW[:, 0], rows.position_RW[:, 0]
     return drafts.keep(
