@@ -1,8 +1,8 @@
 """Attention of a step's new tokens over paged keys and values.
 
-One function, `attend`, behind which are XLA (any platform) and, on a TPU, the
-ragged paged attention kernel of `jax.experimental.pallas` (see
-`pallas_paged.py`). A step's T tokens are D decoding rows, of one token each and
+One function, `attend`, behind which are XLA (any platform); on a TPU, the ragged
+paged attention kernel of `jax.experimental.pallas` (`pallas_paged.py`); on a
+GPU, a kernel of our own (`pallas_paged_gpu.py`). A step's T tokens are D decoding rows, of one token each and
 those drafted to follow it, then B blocks of W tokens of a sequence each, then
 padding.
 """
@@ -16,9 +16,10 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from forge_jax import errors
-from forge_jax.engine import pallas_paged
+from forge_jax.engine import pallas_paged, pallas_paged_gpu
 
-KINDS = ("xla", "pallas_tpu")
+KINDS = ("xla", "pallas_tpu", "pallas_gpu")
+_FASTEST = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}  # by platform; else xla
 Cache = tuple[jax.Array, ...]  # of one layer
 
 
@@ -69,7 +70,7 @@ def choose(platform: str, kind: str = "auto") -> str:
     ConfigError: an unknown kind.
   """
   if kind == "auto":
-    return "pallas_tpu" if platform == "tpu" else "xla"
+    return _FASTEST.get(platform, "xla")
   if kind not in KINDS:
     raise errors.ConfigError(
       f"attention={kind!r} is unknown; expected auto or one of {KINDS}"
@@ -83,12 +84,17 @@ def cache_shapes(
   """Shapes of the arrays of one layer's cache; pages come first.
 
   With several `ways`, so many devices share the heads.
+
+  Raises:
+    ConfigError: pages of a size that this kind does not do.
   """
   if kind == "pallas_tpu":
     *shape, heads, channels = pallas_paged.cache_shape(
       pages, page, kv_heads // ways, channels
     )
     return ((*shape, heads * ways, channels),)
+  if kind == "pallas_gpu":
+    return (pallas_paged_gpu.cache_shape(pages, page, kv_heads, channels),) * 2
   return ((pages, kv_heads, page, channels),) * 2
 
 
@@ -108,9 +114,14 @@ def write(
   """Puts new keys and values at (page, offset); past the pages is dropped."""
   if kind == "pallas_tpu":
     return (pallas_paged.write(cache[0], k_TKC, v_TKC, page_T, offset_T),)
+  missing = cache[0].shape[-1] - k_TKC.shape[-1]
+  new = [
+    jnp.pad(x, ((0, 0), (0, 0), (0, missing))) if missing else x
+    for x in (k_TKC, v_TKC)
+  ]
   return tuple(
     buffer.at[page_T, :, offset_T].set(x.astype(buffer.dtype), mode="drop")
-    for buffer, x in zip(cache, (k_TKC, v_TKC), strict=True)
+    for buffer, x in zip(cache, new, strict=True)
   )
 
 
@@ -137,14 +148,18 @@ def attend(
   """
   if kind == "pallas_tpu":
     return pallas_paged.attend(q_THC, cache[0], kv_heads, decode, blocks)
+  if kind == "pallas_gpu":
+    by_pages, parts = pallas_paged_gpu.by_pages, (decode, blocks)
+  else:
+    # A few tokens go as rows of their own: to the last bit what each is alone.
+    by_pages, parts = _by_pages, (decode.apart, blocks)
   outs, start = [], 0
-  # A few tokens go as rows of their own: to the last bit what each is alone.
-  for rows in (decode.apart, blocks):
+  for rows in parts:
     count = rows.token_RW.size
     if count:
       q = q_THC[start : start + count]
       q = q.reshape(*rows.token_RW.shape, *q.shape[1:])
-      outs.append(_by_pages(q, *cache, rows).reshape(count, *q_THC.shape[1:]))
+      outs.append(by_pages(q, *cache, rows).reshape(count, *q_THC.shape[1:]))
       start += count
   outs.append(jnp.zeros_like(q_THC[start:]))
   return jnp.concatenate(outs)

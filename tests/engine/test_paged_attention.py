@@ -1,19 +1,22 @@
 """Paged attention against dense attention over each sequence."""
 
+import dataclasses
 import functools
 
 import jax
 from jax._src import literals
-from jax.experimental.pallas.ops.tpu.ragged_paged_attention import kernel
+from jax.experimental import pallas as pl
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_engine
 
+from experiments.benchmarks import gpu_paged
 from forge_jax import errors
 from forge_jax.engine import attention
 from forge_jax.model import decoder as decoder_lib
 
-PAGE, PAGES, HEADS, KV_HEADS, CHANNELS, WIDTH = 8, 30, 6, 2, 16, 5
+PAGE, PAGES, HEADS, KV_HEADS, CHANNELS, WIDTH = 16, 30, 6, 2, 20, 30
 
 
 def sequences(kind, lengths, seed=0):
@@ -54,39 +57,83 @@ def dense(q_LHC, k, v):
   return decoder_lib.causal_attend(q_LHC[None], k[None], v[None])[0]
 
 
-@pytest.fixture(params=attention.KINDS)
-def kind(request, monkeypatch):
-  """Each kind; what is for another platform is interpreted."""
-  if request.param != "xla":
-    interpreted = functools.partial(kernel.pl.pallas_call, interpret=True)
-    monkeypatch.setattr(kernel.pl, "pallas_call", interpreted)
-    # Asked for by the interpreter of constant indices, which have none.
-    monkeypatch.setattr(literals.TypedInt, "shape", (), raising=False)
-  return request.param
+@pytest.fixture
+def interpreted(monkeypatch):
+  """Kernels run as plain JAX."""
+  call = functools.partial(pl.pallas_call, interpret=True)
+  monkeypatch.setattr(pl, "pallas_call", call)
+  # Asked for by the interpreter of constant indices, which have none.
+  monkeypatch.setattr(literals.TypedInt, "shape", (), raising=False)
 
 
-def test_it_is_dense_attention_over_each_sequence(kind):
-  lengths = (1, 8, 19, 30, 13)
-  cache, kept, tables = sequences(kind, lengths)
-  decode = rows(tables[:3], [0, 7, 18], [1, 1, 1], 1)
+@pytest.mark.parametrize("kind", attention.KINDS)
+def test_it_is_dense_attention_over_each_sequence(kind, interpreted):
+  cache, kept, tables = sequences(kind, (1, 16, 37, 60, 26))
+  decode = rows(tables[:3], [0, 15, 36], [1, 1, 1], 1)
   # Two blocks of one sequence, and a part-filled one.
   blocks = rows(
-    [tables[3], tables[3], tables[4]], [20, 25, 10], [5, 5, 3], WIDTH
+    [tables[3], tables[3], tables[4]], [0, 30, 23], [30, 30, 3], WIDTH
   )
-  q = jax.random.normal(jax.random.key(9), (3 + 15 + 2, HEADS, CHANNELS))
+  q = jax.random.normal(jax.random.key(9), (3 + 90 + 2, HEADS, CHANNELS))
   o = jax.jit(attention.attend, static_argnums=(0, 3))(
     kind, q, cache, KV_HEADS, decode, blocks
   )
-  checks = [
-    *((i, i, start) for i, start in enumerate([0, 7, 18])),
-    *((3 + n, 3, 20 + n) for n in range(10)),
-    *((13 + n, 4, 10 + n) for n in range(3)),
-  ]
-  for row, sequence, position in checks:
-    k, v = (x[: position + 1] for x in kept[sequence])
-    whole = jnp.zeros((position + 1, HEADS, CHANNELS)).at[-1].set(q[row])
-    np.testing.assert_allclose(o[row], dense(whole, k, v)[-1], atol=2e-6)
-  assert not o[18:].any()
+  # The first row, how many, of which sequence, from which position.
+  for row, count, sequence, start in (
+    *((n, 1, n, start) for n, start in enumerate([0, 15, 36])),
+    *((3, 60, 3, 0), (63, 3, 4, 23)),
+  ):
+    here = slice(row, row + count)
+    whole = jnp.zeros((start + count, HEADS, CHANNELS))
+    want = dense(whole.at[start:].set(q[here]), *kept[sequence])[start:]
+    np.testing.assert_allclose(o[here], want, atol=2e-6)
+  assert not o[93:].any()
+
+
+def test_a_token_and_its_drafts_are_one_row_of_the_gpu_kernel(interpreted):
+  cache, kept, tables = sequences("pallas_gpu", (35, 12))
+  decode = rows([*tables, []], [32, 10, 0], [3, 2, 0], 3)
+  q = jax.random.normal(jax.random.key(9), (9, HEADS, CHANNELS))
+  o = attention.attend(
+    "pallas_gpu", q, cache, KV_HEADS, decode, rows([], [], [], WIDTH)
+  )
+  for row, count, sequence in ((0, 3, 0), (3, 2, 1)):
+    k, v = kept[sequence]
+    whole = jnp.zeros((len(k), HEADS, CHANNELS))
+    whole = whole.at[-count:].set(q[row : row + count])
+    want = dense(whole, k, v)[-count:]
+    np.testing.assert_allclose(o[row : row + count], want, atol=2e-6)
+  assert not o[6:].any()  # a row without tokens reads no page
+
+
+def test_the_benchmark_compares_and_measures(interpreted):
+  case = gpu_paged.Case(
+    rows=2,
+    width=1,
+    length=40,
+    page=16,
+    heads=4,
+    kv_heads=2,
+    channels=16,
+    dtype=jnp.float32,
+  )
+  for some in (case, dataclasses.replace(case, width=5)):
+    kernel, xla = gpu_paged.compare(some, 1)
+    assert (kernel["kind"], xla["kind"]) == gpu_paged.KINDS
+    assert kernel["error"] < 1e-5
+    moved = kernel["gb_per_s"] * kernel["ms"] * 1e6
+    assert moved == pytest.approx(2 * 40 * 2 * 2 * 16 * 4)
+  model = dataclasses.replace(
+    tiny_engine.MODEL, vocab_size=128, num_layers=1, max_context=512
+  )
+  found = gpu_paged.decode(model, (2,), 1.0, new=2, runs=1)
+  assert found["2"]["tokens_per_s"] > 0 and found["2"]["roofline"] > 0
+
+
+def test_pages_that_triton_cannot_multiply_are_refused():
+  for page in (8, 48):
+    with pytest.raises(errors.ConfigError, match=f"pages of {page} tokens"):
+      attention.cache_shapes("pallas_gpu", PAGES, page, KV_HEADS, CHANNELS)
 
 
 def test_a_row_is_the_same_bits_beside_longer_ones():
@@ -117,7 +164,8 @@ def test_padding_is_not_written():
 
 def test_the_kind_follows_the_platform():
   assert attention.choose("tpu") == "pallas_tpu"
-  assert attention.choose("cpu") == attention.choose("gpu") == "xla"
+  assert attention.choose("gpu") == "pallas_gpu"
+  assert attention.choose("cpu") == "xla"
   assert attention.choose("tpu", "xla") == "xla"
   with pytest.raises(errors.ConfigError, match="'cuda' is unknown"):
     attention.choose("gpu", "cuda")

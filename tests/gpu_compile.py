@@ -3,9 +3,15 @@
 Run by test_compile_gpu.py in a process of its own, because JAX looks for its
 plugins once. By hand, with the package jax-cuda13-pjrt on PYTHONPATH:
 
-  python tests/tree/gpu_compile.py GPU T H K C BLOCK DTYPE
+  python tests/gpu_compile.py CASE...
 
-with GPU one of h100, h200, a100; several cases may follow one another. XLA
+with a CASE of words, tree attention or paged attention of D decoding rows of a
+few tokens F each and B blocks of W, over a table of N pages:
+
+  tree GPU T H K C BLOCK DTYPE
+  paged GPU H K C PAGE N D F B W DTYPE
+
+GPU is one of h100, h200, a100; several cases may follow one another. XLA
 compiles the kernels down to machine code, as it would beside the GPU. Of each
 kernel this reads, from XLA's dump, the threads and the shared memory.
 """
@@ -22,9 +28,11 @@ from jax.experimental import topologies
 import jax.numpy as jnp
 
 from forge_jax import types
+from forge_jax.engine import attention
 from forge_jax.tree import layout
 from forge_jax.tree.attention import pallas_gpu
 
+PAGES = 4096  # of a paged cache
 # Kind, compute capability, multiprocessors, and bytes of shared memory of a
 # multiprocessor and of a block (CUDA programming guide, technical
 # specifications).
@@ -61,9 +69,8 @@ device_description_str: "{0}"
 """
 
 
-def attention(gpu, T, H, K, C, block, dtype):
-  """Attention forward and backward, lowered for one GPU."""
-  T, H, K, C, block = map(int, (T, H, K, C, block))
+def mesh_of(gpu):
+  """A mesh of one GPU, and what makes arrays on it."""
   chip = topologies.get_topology_desc(
     platform="cuda", target_config=TARGET.format(*GPUS[gpu]), topology="1x1x1"
   )
@@ -72,6 +79,14 @@ def attention(gpu, T, H, K, C, block, dtype):
 
   def array(shape, dtype):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+  return mesh, array
+
+
+def tree(gpu, T, H, K, C, block, dtype):
+  """Tree attention forward and backward, lowered for one GPU."""
+  T, H, K, C, block = map(int, (T, H, K, C, block))
+  mesh, array = mesh_of(gpu)
 
   def run(q, k, v, do, plan):
     attend = lambda q, k, v: pallas_gpu.attention(q, k, v, plan, block)
@@ -86,6 +101,36 @@ def attention(gpu, T, H, K, C, block, dtype):
   # Pallas asks the mesh which GPU it lowers for.
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
     return jax.jit(run).lower(q, k, k, q, plan)
+
+
+def paged(gpu, *words):
+  """A layer's paged attention, and what writes its pages, lowered."""
+  *sizes, dtype = words
+  H, K, C, page, N, D, F, B, W = map(int, sizes)
+  mesh, array = mesh_of(gpu)
+  kind = attention.choose("gpu")
+
+  def rows(size, width):
+    sizes = ((size, width), (size,), (size,), (size, N))
+    return attention.Rows(*(array(shape, jnp.int32) for shape in sizes))
+
+  def run(cache, q, k, v, decode, blocks):
+    places = [rows.places(page, PAGES) for rows in (decode, blocks)]
+    page_T, offset_T = (jnp.concatenate(x) for x in zip(*places, strict=True))
+    cache = attention.write(kind, cache, k, v, page_T, offset_T)
+    return attention.attend(kind, q, cache, K, decode, blocks), cache
+
+  T = D * F + B * W
+  q, k = array((T, H, C), dtype), array((T, K, C), dtype)
+  shapes = attention.cache_shapes(kind, PAGES, page, K, C)
+  cache = tuple(array(shape, dtype) for shape in shapes)
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    return jax.jit(run, donate_argnums=0).lower(
+      cache, q, k, k, rows(D, F), rows(B, W)
+    )
+
+
+CASES = {"tree": (tree, 8), "paged": (paged, 12)}  # and their numbers of words
 
 
 def kernels(dump):
@@ -121,13 +166,15 @@ def main(words, dump):
   # An executable for an absent device cannot be read back from the cache.
   jax.config.update("jax_enable_compilation_cache", False)
   while words:
-    case, words = words[:7], words[7:]
-    program, spills = compile_strictly(attention(*case))
+    lower, size = CASES[words[0]]
+    case, words = words[:size], words[size:]
+    program, spills = compile_strictly(lower(*case[1:]))
     memory = program.memory_analysis()
     figures = {
       "case": case,
       "temp_bytes": memory.temp_size_in_bytes,
       "argument_bytes": memory.argument_size_in_bytes,
+      "alias_bytes": memory.alias_size_in_bytes,
       "kernels": kernels(dump),
       "spills": spills,
     }
