@@ -41,21 +41,35 @@ def draw(
   arms: Mapping[str, Sequence[pathlib.Path]], metrics: Sequence[str]
 ) -> figure.Figure:
   """A panel a metric, a colour an arm, a line a run."""
-  picture = drawing.canvas(3.3 * len(metrics), 2.6)
-  panels = picture.subplots(1, len(metrics), squeeze=False)[0]
-  for panel, metric in zip(panels, metrics, strict=True):
+  return curves(
+    {
+      metric: {
+        label: [read(run, metric) for run in runs]
+        for label, runs in arms.items()
+      }
+      for metric in metrics
+    }
+  )
+
+
+def curves(
+  panels: Mapping[str, Mapping[str, Sequence[tuple[list[int], list[float]]]]],
+) -> figure.Figure:
+  """Panels by title, in each the arms by label, each of a curve a run."""
+  picture = drawing.canvas(3.3 * len(panels), 2.6)
+  axes = picture.subplots(1, len(panels), squeeze=False)[0]
+  for panel, (title, arms) in zip(axes, panels.items(), strict=True):
     for colour, (label, runs) in zip(
       drawing.SERIES, arms.items(), strict=False
     ):
-      for n, run in enumerate(runs):
-        steps, values = read(run, metric)
+      for n, (steps, values) in enumerate(runs):
         panel.plot(
           steps, values, color=colour, linewidth=1.4, label=None if n else label
         )
-    panel.set_title(metric, **drawing.title())
+    panel.set_title(title, **drawing.title())
     drawing.plain(panel, x="trainer step")
     panel.set_ylim(bottom=0)
-  panels[0].legend(frameon=False, fontsize=8, labelcolor=drawing.MUTED)
+  axes[0].legend(frameon=False, fontsize=8, labelcolor=drawing.MUTED)
   return picture
 
 
