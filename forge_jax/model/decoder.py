@@ -186,7 +186,8 @@ class UnrolledDecoder(nnx.Module):
   """The same decoder with one module per layer, as an engine runs it.
 
   Unrolled, each layer's cache can be a buffer of its own, updated in place.
-  Projections of one input are joined to one matrix.
+  Projections of one input are joined to one matrix, and products are taken as
+  is fast for a few tokens (`layers.product`).
   """
 
   def __init__(self, decoder: Decoder, modules: int = 0, ways: int = 1):
@@ -207,12 +208,11 @@ class UnrolledDecoder(nnx.Module):
         for i in range(decoder.config.num_layers)
       ]
     )
-    for layer in self.layers:
-      layer.attention.join(ways)
-      layer.mlp.join(ways)
     self.final_norm = decoder.final_norm
     self.head = decoder.head
-    self.mtp = nnx.List(list(decoder.mtp)[:modules])
+    self.mtp = nnx.List([nnx.clone(m) for m in list(decoder.mtp)[:modules]])
+    for part in (*self.layers, *self.mtp):
+      part.join(ways)
 
   def hidden(
     self,
@@ -228,8 +228,12 @@ class UnrolledDecoder(nnx.Module):
     return self.final_norm(x)
 
   def logits(self, hidden: jnp.ndarray) -> jnp.ndarray:
-    """Logits [..., V], in at least float32, of hidden states [..., D]."""
-    return (self.embed if self.head is None else self.head).logits(hidden)
+    """As `Decoder.logits`."""
+    table = self.embed if self.head is None else self.head
+    dtype = jnp.promote_types(hidden.dtype, jnp.float32)
+    return layers_lib.product(
+      hidden.astype(dtype), table.embedding[...].astype(dtype)
+    )
 
 
 def causal_attend(

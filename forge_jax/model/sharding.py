@@ -23,15 +23,16 @@ BATCH_AXES = ("data", "fsdp")  # packs of a batch are split over these
 
 RULES = (
   (r"^(embed|head)/embedding$", P("tensor", "fsdp")),
-  (
-    r"^layers/attention/(query|key|value|joined)/kernel$",
-    P(None, "fsdp", "tensor"),
-  ),
-  (r"^layers/attention/(query|key|value|joined)/bias$", P(None, "tensor")),
+  (r"^layers/attention/(query|key|value)/kernel$", P(None, "fsdp", "tensor")),
+  (r"^layers/attention/(query|key|value)/bias$", P(None, "tensor")),
   (r"^layers/attention/out/kernel$", P(None, "tensor", "fsdp")),
-  (r"^layers/mlp/(gate|up|joined)/kernel$", P(None, "fsdp", "tensor")),
-  (r"^layers/mlp/(gate|up|joined)/bias$", P(None, "tensor")),
+  (r"^layers/mlp/(gate|up)/kernel$", P(None, "fsdp", "tensor")),
+  (r"^layers/mlp/(gate|up)/bias$", P(None, "tensor")),
   (r"^layers/mlp/down/kernel$", P(None, "tensor", "fsdp")),
+  # Those of an engine, output-major.
+  (r"^layers/(attention|mlp)/joined/matrix$", P(None, "tensor", "fsdp")),
+  (r"^layers/(attention|mlp)/joined/bias$", P(None, "tensor")),
+  (r"^layers/(attention/out|mlp/down)/matrix$", P(None, "fsdp", "tensor")),
   (r"^mtp/\d+/project/kernel$", P("fsdp")),
   (r"", P()),  # norms and output biases are replicated
 )

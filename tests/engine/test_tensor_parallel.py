@@ -59,10 +59,10 @@ def test_every_device_has_its_share(runs):
   assert not one["shards"]
   shards = {
     "(100, 32) (25, 32)",  # the embedding and the head
-    "(32, 256) (32, 64)",  # queries, keys and values
-    "(128, 32) (32, 32)",
-    "(32, 96) (32, 24)",  # gate and up
-    "(48, 32) (12, 32)",
+    "(256, 32) (64, 32)",  # queries, keys and values
+    "(32, 128) (32, 32)",
+    "(96, 32) (24, 32)",  # gate and up
+    "(32, 48) (32, 12)",
     "(13, 8, 8, 8) (13, 2, 8, 8)",  # pages
   }
   assert shards <= set(four["shards"])
