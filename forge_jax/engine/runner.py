@@ -139,6 +139,8 @@ class Runner:
     batch = batch_lib.make(
       decode, blocks, *self._bucket(len(decode), len(blocks)), self.config
     )
+    # Placed as what steps return is: their programs know arguments by that, too.
+    batch = jax.device_put(batch, NamedSharding(self._mesh, PartitionSpec()))
     shaped = any(row.shapes is not None for row in (*decode, *blocks))
     count = max((row.drafts for row in decode), default=0)
     pages, results = self._pages, []
