@@ -3,12 +3,15 @@
 Question:  tokens per second of prefill and decode at batch 1, 8 and 32, beside
            transformers and llama.cpp; how much of the prompts of an agent
            workload comes from the cache, and what that gains; whether anything
-           is compiled, dropped or leaked while weights are swapped under load.
+           is compiled, dropped or leaked while weights are swapped under load;
+           what drafting ahead gains (speculation.py).
 Command:   python -m experiments.benchmarks.engine
            With rivals: --rivals=PYTHON, an interpreter that has torch,
            transformers, gguf and llama_cpp (see engine_rivals.py).
-           One part: --only=speed, agents or soak. A longer soak: --soak=600,
-           in seconds. Under a minute, fewer tokens: --quick
+           One part: --only=speed, agents, soak or drafts. A longer soak:
+           --soak=600, in seconds. Under a minute, fewer tokens: --quick, which
+           leaves out the drafts: their small model is trained in some minutes,
+           once, in --work.
 Hardware:  two CPU cores, 6 GB; SmolLM2-135M in float32.
 Result:    the last line is JSON; docs/rollout_engine.md has figures.
 
@@ -32,7 +35,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.benchmarks import engine_load
+from experiments.benchmarks import engine_load, speculation
 from forge_jax import paths
 from forge_jax.engine import config as engine_config
 from forge_jax.engine import engine as engine_lib
@@ -52,7 +55,7 @@ CONFIG = {
 }
 RIVALS = ("transformers", "llamacpp")
 RIVALS_FILE = pathlib.Path(__file__).with_name("engine_rivals.py")
-PARTS = ("speed", "agents", "soak")
+PARTS = ("speed", "agents", "soak", "drafts")
 
 
 def start(decoder, **changes):
@@ -202,6 +205,7 @@ def main():
   parser.add_argument("--rivals", help="an interpreter that has them")
   parser.add_argument("--only", choices=PARTS)
   parser.add_argument("--soak", type=float, default=0.0, help="seconds")
+  parser.add_argument("--work", default=speculation.WORK)
   parser.add_argument("--quick", action="store_true")
   given = parser.parse_args()
   folder = str(pathlib.Path(".jax_cache").absolute())
@@ -215,9 +219,13 @@ def main():
     "speed": lambda: speeds(engine, decoder, given.rivals, given.quick),
     "agents": lambda: agents(engine, decoder, given.quick),
     "soak": lambda: soak(engine, decoder, given.quick, given.soak),
+    "drafts": lambda: {
+      "speculation": speculation.figures(given.work, quick=given.quick)
+    },
   }
   line = {}
-  for part in [given.only] if given.only else PARTS:
+  every = PARTS[:-1] if given.quick else PARTS
+  for part in [given.only] if given.only else every:
     line |= parts[part]()
   engine.stop()
   print(json.dumps(line | {"recompilations": engine.compilations - compiled}))

@@ -21,7 +21,7 @@ class EngineConfig:
   attention: str = "auto"  # or one of `attention.KINDS`
   tensor_parallel: int = 1  # devices that every step is split over
   prefill_patience: int = 4  # decode steps a part-filled prefill step waits
-  decode_steps: int = 4  # tokens decoded at once while nobody waits
+  decode_steps: int = 4  # steps that decode at once while nobody waits
   step_tokens: int = 0  # most tokens of a step; 0: as many as fit its shapes
   # Most tokens that a model's modules draft for a step; 0: none, and the
   # modules are not taken in.

@@ -95,6 +95,7 @@ class JaxEngine:
     )
     self._sampled = self._prefilled = self._steps = 0
     self._busy_seconds = 0.0
+    self._since = 0.0  # when the last step or message was done with
 
   @property
   def max_context(self) -> int:
@@ -238,6 +239,8 @@ class JaxEngine:
       try:
         for kind, message in inbox:
           self._receive(kind, message, posts)
+        if inbox:
+          self._since = time.perf_counter()
         if stopping:
           for request_id in list(self._streams):
             self._end(request_id, types.StopReason.ABORT, posts)
@@ -286,19 +289,20 @@ class JaxEngine:
     step = self._scheduler.schedule()
     if step is None:
       return
-    started = time.perf_counter()
     self._runner.move(step.moves)
     results = self._runner.run(
       *rows.make(step, self._progress), step.decode_steps
     )
-    if not step.blocks:
-      taken = [sum(one.token_R >= 0 for one in some) for some in results]
-      seconds = time.perf_counter() - started
-      self._speculation.record(step.drafts, taken, seconds)
     self._prefilled += sum(len(block.tokens) for block in step.blocks)
     for index, result in enumerate(itertools.chain.from_iterable(results)):
       self._commit(step, index, result, posts)
-    self._busy_seconds += time.perf_counter() - started
+    # With what the host did since the step before: that is what callers see.
+    now = time.perf_counter()
+    seconds, self._since = now - self._since, now
+    if not step.blocks:
+      taken = [sum(one.token_R >= 0 for one in some) for some in results]
+      self._speculation.record(step.drafts, taken, seconds)
+    self._busy_seconds += seconds
     self._steps += 1
 
   def _commit(

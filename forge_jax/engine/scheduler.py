@@ -38,7 +38,7 @@ class SchedulerConfig:
   # Prefilling sequences wait for a full step, but no more decode steps than
   # this.
   prefill_patience: int = 4
-  decode_steps: int = 1  # most tokens a sequence decodes when nobody waits
+  decode_steps: int = 1  # most steps that decode at once when nobody waits
 
 
 class LiveRequest:
@@ -125,14 +125,15 @@ class Scheduler:
     self,
     config: SchedulerConfig,
     cache: prefix_cache.PrefixCache,
-    draft_length: Callable[[int], int] = lambda rows: 0,
+    draft_length: Callable[[int, int], int] = lambda rows, steps: 0,
   ):
     """No requests yet.
 
     Args:
       config: how steps are composed.
       cache: empty.
-      draft_length: how many tokens to draft for each of so many sequences.
+      draft_length: how many tokens to draft for each of so many sequences, in
+        so many steps at once.
     """
     self.config = config
     self.cache = cache
@@ -180,9 +181,10 @@ class Scheduler:
       blocks = []
     else:
       self._delayed = 0
-    drafts = 0 if blocks else self._drafts(len(decoding))
     alone = not prefilling and not self._waiting
-    steps = self._decode_steps(decoding, 1 + drafts) if alone else 1
+    steps = self._decode_steps(decoding) if alone else 1
+    drafts = 0 if blocks else self._drafts(len(decoding), steps)
+    steps = min(steps, self._decode_steps(decoding, 1 + drafts))
     if not all(self._reserve(live, steps * (1 + drafts)) for live in decoding):
       steps, drafts = 1, 0  # rather than preempt anybody
     decoding = self._extend(decoding)
@@ -328,21 +330,23 @@ class Scheduler:
         blocks.append(Block(live, start, tokens, end == live.fill))
     return blocks
 
-  def _drafts(self, decoding: int) -> int:
+  def _drafts(self, decoding: int, steps: int) -> int:
     """How many tokens to draft for each decoding sequence."""
-    drafts, most = self._draft_length(decoding), self.config.step_tokens
+    drafts, most = self._draft_length(decoding, steps), self.config.step_tokens
     return (
       min(drafts, max(most // decoding - 1, 0)) if drafts and most else drafts
     )
 
-  def _decode_steps(self, decoding: Sequence[LiveRequest], tokens: int) -> int:
+  def _decode_steps(
+    self, decoding: Sequence[LiveRequest], tokens: int = 1
+  ) -> int:
     """How often all may go on, by so many tokens, before the host sees one."""
     most = self.config.decode_steps
     for live in decoding:
       if live.stepwise:
         return 1
-      most = min(most, live.left(self.config.context))
-    return max(most // tokens, 1)
+      most = min(most, live.left(self.config.context) // tokens)
+    return max(most, 1)
 
   def _reserve(self, live: LiveRequest, tokens: int) -> bool:
     """Provides pages for the next tokens, as far as there may be any."""

@@ -1,5 +1,6 @@
 """Drafts and their verification, on tiny models with modules that draft."""
 
+import argparse
 import asyncio
 import dataclasses
 
@@ -287,6 +288,28 @@ async def test_new_weights_in_flight_are_the_later_tokens_policy():
         dense_logprobs(model, prompt, ids)[of_it],
         atol=3e-5,
       )
+  finally:
+    made.stop()
+
+
+async def test_a_steps_time_is_measured_with_the_hosts_work(monkeypatch):
+  now = 0.0
+
+  def slow_text(ids):  # as long as a stop string is looked for
+    nonlocal now
+    now += 1.0
+    return text(ids)
+
+  clock = lambda: now
+  monkeypatch.setattr(engine, "time", argparse.Namespace(perf_counter=clock))
+  made = engine.JaxEngine(drafting(1), CONFIG, decode_text=slow_text)
+  made.start()
+  try:
+    asked = request("a", prompts(1)[0], stop_strings=("never",))
+    ids, *_ = await collect(made, asked)
+    # The first token is of the prompt's step, and after the last nothing is
+    # looked for.
+    assert made.stats()["decode_seconds"] == len(ids) - 2 == now - 1
   finally:
     made.stop()
 

@@ -32,7 +32,7 @@ def make(pages=200, host_pages=0, drafts=0, **changes):
   return scheduler.Scheduler(
     scheduler.SchedulerConfig(**config | changes),
     prefix_cache.PrefixCache(pages, PAGE, host_pages),
-    lambda rows: drafts,
+    lambda rows, steps: drafts,
   )
 
 

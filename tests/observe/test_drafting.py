@@ -4,7 +4,7 @@ from forge_jax.observe import drafting, names
 
 def test_figures_of_steps_with_and_without_drafts():
   made = speculation.Speculation((4,), 2)
-  made.record([0, 0], [[1, 1]], 1.0)
+  made.record([0, 0], [[1, 1]] * 2, 2.0)
   before = made.stats()
   assert set(before) == set(drafting.TOTALS)
   made.record([2, 2], [[3, 1], [2, 2]], 3.0)
