@@ -35,8 +35,8 @@ from experiments.figures import arms as arms_lib
 from experiments.figures import drawing
 from launch import local
 
-_MODEL = flags.DEFINE_string(
-  "model", "runs/bad_habits_warm_start/model", "to begin with"
+_START = flags.DEFINE_string(
+  "start", "runs/bad_habits_warm_start/model", "model to begin with"
 )
 ARMS = {
   "success": ("credit", {}),
@@ -47,7 +47,7 @@ _ONLY = flags.DEFINE_list("only", list(ARMS), "which to run and to tell of")
 _TIME = flags.DEFINE_list(
   "time", [], "models to time instead, with tools of two seconds"
 )
-_STEPS = flags.DEFINE_integer("steps", 20, "trainer steps of a run")
+_STEPS = flags.DEFINE_integer("trainer_steps", 20, "of a run")
 SECONDS = "domain_seconds/records"
 MALFORMED = "noted/malformed_call"
 
@@ -157,7 +157,7 @@ def main(argv: Sequence[str]) -> None:
   for seed in map(int, runs.SEEDS.value):
     for arm, kept in folders.items():
       folder = runs.place("bad_habits", arm, seed)
-      train(arm, seed, _MODEL.value, folder)
+      train(arm, seed, _START.value, folder)
       kept.append(folder)
       rows.append(row(folder, arm, seed))
   print(
