@@ -6,9 +6,11 @@ time, and three begin with a call that is none. RL for success alone has little
 against either. Does the speed reward make it look names up at once, and the
 process reward make malformed calls vanish, without loss of success?
 
-Command:  python -m launch.warm_start --config=experiments/bad_habits_warm_start.py
-          python -m experiments.bad_habits [--picture --folder=docs/results]
-One arm:  --only=speed --seeds=0
+Command:  python -m experiments.bad_habits [--picture --folder=docs/results]
+          after the warm start that experiments/bad_habits_warm_start.py names.
+One arm:  --only=speed --seeds=0, which is
+          python -m launch.train --config=experiments/bad_habits.py
+          with --config.credit.beta=2, and its model and steps.
 Policies: python -m experiments.bad_habits --time=MODEL,MODEL
 Hardware: two CPU cores, a minute a run on idle ones.
 Result:   docs/results/parallel_calls.md, docs/results/malformed_calls.md,
@@ -25,23 +27,24 @@ from collections.abc import Mapping, Sequence
 import json
 import pathlib
 import statistics
+import subprocess
+import sys
 from typing import Any
 
 from absl import app, flags, logging
 import ml_collections
 
-from experiments import bad_habits_warm_start, runs
+from experiments import bad_habits_warm_start
 from experiments.figures import arms as arms_lib
-from experiments.figures import drawing
-from launch import local
+from experiments.figures import drawing, runs
 
 _START = flags.DEFINE_string(
   "start", "runs/bad_habits_warm_start/model", "model to begin with"
 )
 ARMS = {
-  "success": ("credit", {}),
-  "speed": ("credit", {"beta": 2.0}),
-  "process": ("process", {"malformed_call": 1.0}),
+  "success": {},
+  "speed": {"credit.beta": 2.0},
+  "process": {"process.malformed_call": 1.0},
 }
 _ONLY = flags.DEFINE_list("only", list(ARMS), "which to run and to tell of")
 _TIME = flags.DEFINE_list(
@@ -76,15 +79,19 @@ def get_config() -> ml_collections.ConfigDict:
   return config.lock()
 
 
+def launch(folder: pathlib.Path, changes: Mapping[str, Any]) -> None:
+  """A run of this file's configuration, but for some values, by their names."""
+  flags_of = [f"--config.{name}={value}" for name, value in changes.items()]
+  main_of = [sys.executable, "-m", "launch.train", f"--config={__file__}"]
+  subprocess.run([*main_of, f"--workdir={folder}", *flags_of], check=True)
+
+
 def train(arm: str, seed: int, model: str, folder: pathlib.Path) -> None:
   """One run, unless it has ended before."""
-  config = get_config().unlock()
-  section, values = ARMS[arm]
-  config[section].update(values)
-  config.steps = _STEPS.value
-  config.seed, config.model.path = seed, str(pathlib.Path(model).absolute())
+  path = str(pathlib.Path(model).absolute())
+  values = {"steps": _STEPS.value, "seed": seed, "model.path": path}
   if not (folder / "summary.json").exists():
-    local.LocalRun(config.to_dict(), str(folder)).train()
+    launch(folder, values | ARMS[arm])
 
 
 def time(model: str, folder: pathlib.Path) -> str:
@@ -93,13 +100,19 @@ def time(model: str, folder: pathlib.Path) -> str:
   It is a run at learning rate 0, so that the figures are those of any run; the
   first of its two steps, in which programs are compiled, is left out.
   """
-  config = get_config().unlock()
-  config.model.path = str(pathlib.Path(model).absolute())
-  config.steps, config.seed, config.eval.heldout = 2, 100, 0
-  config.trainer.learning_rate = 0.0
-  config.domains.records.seconds = 2.0
-  config.rollout.update(in_flight=8, max_lag=0)
-  local.LocalRun(config.to_dict(), str(folder)).train()
+  launch(
+    folder,
+    {
+      "model.path": str(pathlib.Path(model).absolute()),
+      "steps": 2,
+      "seed": 100,
+      "eval.heldout": 0,
+      "trainer.learning_rate": 0.0,
+      "domains.records.seconds": 2.0,
+      "rollout.in_flight": 8,
+      "rollout.max_lag": 0,
+    },
+  )
   success, seconds, answers = (
     arms_lib.read(folder, name)[1][-1]
     for name in ("train/success", SECONDS, "noted/answer")

@@ -21,12 +21,10 @@ import pathlib
 
 from absl import app
 
-from experiments import runs
-from experiments.figures import arms, drawing
+from experiments.figures import arms, drawing, runs
 from experiments.toys import school as school_lib
 from experiments.toys import substitution
 from forge_jax.trainer import update
-from launch import compilations
 
 LAGS = (0, 4, 16)
 IMITATION, STEPS = 52, 60
@@ -61,7 +59,6 @@ def place(loss: str, lag: int, seed: int) -> pathlib.Path:
 def main(argv: Sequence[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-  compilations.keep()
   school = school_lib.School([DOMAIN])
   print("| lag | loss | seed | before | after | mean | least | gradient lost |")
   print("| --- | --- | --- | --- | --- | --- | --- | --- |")

@@ -19,13 +19,11 @@ from collections.abc import Sequence
 
 from absl import app
 
-from experiments import runs
-from experiments.figures import arms, drawing
+from experiments.figures import arms, drawing, runs
 from experiments.toys import school as school_lib
 from experiments.toys import substitution
 from forge_jax.tasks import curriculum
 from forge_jax.trainer import update
-from launch import compilations
 
 IMITATION, STAGE = 62, 60  # steps
 DOMAINS = [substitution.Substitution(number, seed=0) for number in range(2)]
@@ -48,7 +46,6 @@ def forgotten(success: Sequence[float]) -> float:
 def main(argv: Sequence[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-  compilations.keep()
   school = school_lib.School(DOMAINS)
   panels = {f"held-out success, {x}": {} for x in ("first", "second")}
   print("| arm | seed | first: best | at the end | forgotten | second: end |")

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from experiments import bad_habits, cispo_grpo, mixed_or_staged, runs
-from experiments.figures import arms
+from experiments import bad_habits, cispo_grpo, mixed_or_staged
+from experiments.figures import arms, runs
 from experiments.toys import school as school_lib
 from experiments.toys import substitution
 from forge_jax.tasks import mixture

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import runs
+from experiments.figures import runs
 from experiments.toys import decoder as toy_decoder
 from experiments.toys import substitution
 from forge_jax import types
