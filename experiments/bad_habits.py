@@ -81,9 +81,9 @@ def get_config() -> ml_collections.ConfigDict:
 
 def launch(folder: pathlib.Path, changes: Mapping[str, Any]) -> None:
   """A run of this file's configuration, but for some values, by their names."""
-  flags_of = [f"--config.{name}={value}" for name, value in changes.items()]
-  main_of = [sys.executable, "-m", "launch.train", f"--config={__file__}"]
-  subprocess.run([*main_of, f"--workdir={folder}", *flags_of], check=True)
+  command = [sys.executable, "-m", "launch.train", f"--config={__file__}"]
+  overrides = [f"--config.{name}={value}" for name, value in changes.items()]
+  subprocess.run([*command, f"--workdir={folder}", *overrides], check=True)
 
 
 def train(arm: str, seed: int, model: str, folder: pathlib.Path) -> None:
