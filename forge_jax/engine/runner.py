@@ -156,8 +156,10 @@ class Runner:
       if shaped:
         shapes = batch.shapes(decode, blocks)
         result = self._sample(
+          result,
           logits_RV,
           sampling_lib.stack(shapes, self.model.vocab_size),
+          np.array([shape is not None for shape in shapes]),
           np.array(any(shape is not None and shape.tops for shape in shapes)),
           batch,
         )
@@ -267,12 +269,22 @@ class Runner:
     *fields, logits_RV = (x[: len(last_R)] for x in (*sampled, logits_RV))
     return _result(fields, batch.decode), logits_RV, layers, modules
 
-  def _sample_fn(self, logits_RV, shapes, tops, batch):
+  def _sample_fn(self, result, logits_RV, shapes, shaped_R, tops, batch):
+    """Traced: samples again where a row has a shape.
+
+    What was sampled of the others stays: another program, of other rows, would
+    round it otherwise.
+    """
     self._compiled += 1
-    fields = sampling_lib.sample_shaped(
+    fields_D, fields_B, *_ = result
+    *fields, top_tokens, top_logprobs = sampling_lib.sample_shaped(
       logits_RV, shapes, tops, *batch.sample_args()
     )
-    return _result(fields, batch.decode)
+    fields = [
+      jnp.where(shaped_R, x_R, jnp.concatenate([x_DW.reshape(-1), x_B]))
+      for x_R, x_DW, x_B in zip(fields, fields_D, fields_B, strict=True)
+    ]
+    return _result([*fields, top_tokens, top_logprobs], batch.decode)
 
   def _draft_fn(self, weights, modules, batch, count):
     """Traced: drafts tokens; their keys and values are written, too."""

@@ -12,7 +12,15 @@ import numpy as np
 import pytest
 
 from forge_jax import errors, types
-from forge_jax.engine import api, config, engine, grammar
+from forge_jax.engine import (
+  api,
+  batch,
+  config,
+  engine,
+  grammar,
+  runner,
+  sampling,
+)
 from forge_jax.model import decoder as decoder_lib
 from forge_jax.model import mtp
 
@@ -213,6 +221,35 @@ async def test_drafts_change_nothing_under_a_grammar(
       np.testing.assert_allclose(one[1], other[1], atol=1e-4)
   finally:
     made.stop()
+
+
+def test_a_plain_row_is_sampled_by_the_same_program_in_any_company(
+  byte_decoder,
+):
+  made = runner.Runner(
+    byte_decoder,
+    config.EngineConfig(
+      slots=8,
+      context=64,
+      page=16,
+      decode_rows=(8,),
+      prefill_rows=(4,),
+      prefill_chunk=16,
+      least_tokens=8 + 4 * 16,
+    ),
+  )
+  rows = [batch.Row((n + 1,), (1, 2 + n), 0, n, 1.0, 0, 1.0) for n in range(12)]
+  one = np.ones(1, np.float32)
+  shape = sampling.Shape(np.array([65], np.int32), one, 6 * one)
+  for n in range(0, 12, 3):
+    plain = rows[n : n + 3]
+    other = dataclasses.replace(rows[n - 1], shapes=lambda _: [shape])
+    [[alone]] = made.run([], plain)
+    [[beside]] = made.run([], [*plain, other])
+    for name in ("token_R", "logprob_R"):
+      np.testing.assert_array_equal(
+        getattr(alone, name), getattr(beside, name)[:3]
+      )
 
 
 async def test_a_budget_ends_json_early(running, byte_tokenizer):
