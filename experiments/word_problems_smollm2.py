@@ -81,7 +81,7 @@ def get_config() -> ml_collections.ConfigDict:
       prefill_rows=(4, 16),
       prefill_chunk=16,
       prefill_patience=1,
-      least_tokens=64,
+      row_multiple=64,
     ),
     "rollout": settings.defaults(host.RolloutConfig, "seed")
     | settings.defaults(

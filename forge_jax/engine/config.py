@@ -17,7 +17,7 @@ class EngineConfig:
   decode_rows: tuple[int, ...] = (1, 8, 64)  # buckets of a step's decoding rows
   prefill_rows: tuple[int, ...] = (4, 16)  # buckets of a step's prompt blocks
   prefill_chunk: int = 16  # prompt tokens of a block
-  least_tokens: int = 0  # rows that every matrix product has at least
+  row_multiple: int = 1  # rows of every matrix product are a multiple of this
   attention: str = "auto"  # or one of `attention.KINDS`
   tensor_parallel: int = 1  # devices that every step is split over
   prefill_patience: int = 4  # decode steps a part-filled prefill step waits
@@ -51,7 +51,7 @@ class EngineConfig:
       raise errors.ConfigError(
         f"the last of decode_rows={self.decode_rows} must be slots={self.slots}"
       )
-    for name in ("page", "prefill_chunk", "tensor_parallel"):
+    for name in ("page", "prefill_chunk", "row_multiple", "tensor_parallel"):
       if getattr(self, name) < 1:
         raise errors.ConfigError(f"{name}={getattr(self, name)} is below 1")
     if self.cache_tokens and self.pages - 1 < self.sequence_pages:

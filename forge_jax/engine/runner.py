@@ -13,8 +13,8 @@ Invariants:
     heads, with their pages, of the MLPs and of the vocabulary; what passes
     between layers, and the logits that are sampled from, each has whole.
   - A row's result does not depend on the other rows but for rounding. On a CPU
-    it is the same to the last bit where `least_tokens` is 64 or more and a step
-    has room for four blocks at least: the products then go the same way.
+    it is the same to the last bit where `row_multiple` is 64, or makes all steps
+    one size: the products then go the same way.
 """
 
 from collections.abc import Iterator, Sequence
@@ -239,7 +239,7 @@ class Runner:
     """
     self._compiled += 1
     decoder, config = self._merge(weights), self.config
-    padding = max(config.least_tokens - batch.size, 0)
+    padding = -batch.size % config.row_multiple
     token_T, position_T = batch.tokens(padding)
     at = batch.places(config, padding)
     attends = [
@@ -260,7 +260,7 @@ class Runner:
     )
     layers = [attend.cache for attend in trunk]
     last_R = batch.last()
-    padding = max(config.least_tokens - len(last_R), 0)
+    padding = -len(last_R) % config.row_multiple
     hidden_RD = jnp.pad(hidden_TD[last_R], ((0, padding), (0, 0)))
     logits_RV = self._gather(decoder.logits(hidden_RD))
     # Padding repeats the last row: it limits nothing that no row limits.

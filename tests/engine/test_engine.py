@@ -220,7 +220,7 @@ async def test_a_row_is_the_same_to_the_last_bit_in_any_company():
     decode_rows=(64,),
     prefill_rows=(4, 16),
     prefill_patience=1,
-    least_tokens=64,
+    row_multiple=64,
     draft_tokens=0,
   )
   made = engine.JaxEngine(model, sizes)

@@ -59,7 +59,7 @@ def running(byte_tokenizer, byte_decoder, grammars):
       decode_rows=(8,),
       prefill_rows=(4,),
       prefill_chunk=16,
-      least_tokens=8 + 4 * 16,  # steps of one size: the same to the last bit
+      row_multiple=8 + 4 * 16,  # steps of one size: the same to the last bit
       warm_shaped=True,
     ),
     decode_text=byte_tokenizer.decode,
@@ -235,7 +235,7 @@ def test_a_plain_row_is_sampled_by_the_same_program_in_any_company(
       decode_rows=(8,),
       prefill_rows=(4,),
       prefill_chunk=16,
-      least_tokens=8 + 4 * 16,
+      row_multiple=8 + 4 * 16,
     ),
   )
   rows = [batch.Row((n + 1,), (1, 2 + n), 0, n, 1.0, 0, 1.0) for n in range(12)]

@@ -48,7 +48,7 @@ def live(
   # Steps of the engine of one size: else a token's last bit depends on what
   # is computed beside it, which a restart changes.
   values["engine"] |= {"slots": 16, "decode_rows": (16,), "prefill_rows": (16,)}
-  values["engine"] |= {"least_tokens": 16 + 16 * 16}
+  values["engine"] |= {"row_multiple": 16 + 16 * 16}
   values["eval"] |= {"heldout": 1, "phrasings": 1, "every": 0}
   local.LocalRun(values, workdir).train()
 
