@@ -21,6 +21,7 @@ from forge_jax.engine import pallas_paged, pallas_paged_gpu
 KINDS = ("xla", "pallas_tpu", "pallas_gpu")
 _FASTEST = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}  # by platform; else xla
 Cache = tuple[jax.Array, ...]  # of one layer
+_AT_ONCE = 4  # rows times pages that are attended over at a time, at least
 
 
 class Rows(NamedTuple):
@@ -220,40 +221,56 @@ def _by_pages(
   A page that a sequence does not have adds exactly nothing, so a row's result
   does not depend on how long the others are. A page of every row at once stays
   in the processor's cache, so memory is read once; gathering all pages first
-  costs several times as much on a CPU.
+  costs several times as much on a CPU. Of very few rows several pages are taken
+  at a time: what an operation costs, however small, would be most of the time.
   """
   R, W, H, C = q_RWHC.shape
   _, K, S, _ = k_PKSC.shape
+  N = max(_AT_ONCE // R, 1)
   wide = jnp.promote_types(q_RWHC.dtype, jnp.float32)
   q = q_RWHC.reshape(R, W, K, H // K, C).transpose(0, 2, 1, 3, 4)
   q = q.reshape(R, K, -1, C) * jnp.asarray(C**-0.5, q_RWHC.dtype)
+  q = jnp.repeat(q, N, axis=0)
   # Each query's position, in the order of q's rows.
   at_RG = jnp.repeat(rows.position_RW, H // K, axis=1)
+  # What is past the end of a table is never seen.
+  missing = -rows.table_RN.shape[1] % N
+  table_RN = jnp.pad(rows.table_RN, ((0, 0), (0, missing)))
 
   def body(n, state):
     peak, total, o = state
-    page_R = jax.lax.dynamic_index_in_dim(rows.table_RN, n, 1, keepdims=False)
-    k, v = (x.at[page_R].get(mode="clip") for x in (k_PKSC, v_PKSC))
-    scores = jnp.einsum("rkgc,rksc->rkgs", q, k, preferred_element_type=wide)
-    seen = (n * S + jnp.arange(S))[None, None] <= at_RG[:, :, None]
-    scores = jnp.where(seen[:, None], scores, -jnp.inf)
-    new_peak = jnp.maximum(peak, scores.max(-1))
-    mass = jnp.exp(scores - new_peak[..., None])
+    page = jax.lax.dynamic_slice_in_dim(table_RN, n * N, N, 1).reshape(-1)
+    k, v = (x.at[page].get(mode="clip") for x in (k_PKSC, v_PKSC))
+    scores = jnp.einsum("pkgc,pksc->pkgs", q, k, preferred_element_type=wide)
+    scores = scores.reshape(R, N, *scores.shape[1:])
+    position = (n * N + jnp.arange(N))[:, None] * S + jnp.arange(S)[None]
+    seen = position[None, :, None] <= at_RG[:, None, :, None]
+    scores = jnp.where(seen[:, :, None], scores, -jnp.inf)
+    new_peak = jnp.maximum(peak, scores.max((1, 4)))
+    mass = jnp.exp(scores - new_peak[:, None, ..., None])
     keep = jnp.exp(peak - new_peak)
     part = jnp.einsum(
-      "rkgs,rksc->rkgc", mass.astype(v.dtype), v, preferred_element_type=wide
+      "pkgs,pksc->pkgc",
+      mass.reshape(R * N, *mass.shape[2:]).astype(v.dtype),
+      v,
+      preferred_element_type=wide,
     )
-    return new_peak, total * keep + mass.sum(-1), o * keep[..., None] + part
+    part = part.reshape(R, N, *part.shape[1:]).sum(1)
+    return (
+      new_peak,
+      total * keep + mass.sum((1, 4)),
+      o * keep[..., None] + part,
+    )
 
-  shape = q.shape[:-1]
+  shape = (R, K, q.shape[2])
   lowest = jnp.finfo(wide).min
   state = (
     jnp.full(shape, lowest, wide),
     jnp.zeros(shape, wide),
-    jnp.zeros(q.shape, wide),
+    jnp.zeros((*shape, C), wide),
   )
   last_R = rows.start_R + rows.length_R
-  count = (jnp.maximum(last_R.max(), 1) + S - 1) // S
+  count = (jnp.maximum(last_R.max(), 1) + N * S - 1) // (N * S)
   _, total, o = jax.lax.fori_loop(0, count, body, state)
   # Padding of a block may be past every page that was looped over: no mass.
   o = o / jnp.where(total == 0, 1, total)[..., None]
