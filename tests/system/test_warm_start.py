@@ -1,5 +1,9 @@
 """A model of random weights imitates scripts over the real loop."""
 
+import pathlib
+import subprocess
+import sys
+
 from experiments import records_warm_start
 from forge_jax.gateway import scripted
 from forge_jax.gateway import tokenizer as tokenizer_lib
@@ -7,6 +11,8 @@ from forge_jax.model import files
 from forge_jax.observe import metrics
 from forge_jax.tasks import records
 from launch import build, local, new_model, services
+
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def test_imitation_makes_the_scripts_likelier(tmp_path):
@@ -55,3 +61,21 @@ def test_an_evaluation_manages_the_context_in_its_own_way():
   assert episode.perf == 1.0
   changes = [m["content"] for m in episode.messages if m["role"] == "context"]
   assert changes == ["truncate: 1 messages dropped"] * 2
+
+
+def test_one_that_goes_on_from_a_model_makes_none_of_its_own(tmp_path):
+  run = subprocess.run(
+    [
+      *(sys.executable, "-m", "launch.warm_start"),
+      "--config=experiments/records_warm_start.py",
+      f"--config.model.path={tmp_path / 'gone'}",
+      f"--workdir={tmp_path / 'run'}",
+    ],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert run.returncode == 1
+  assert str(tmp_path / "gone") in run.stderr
+  assert not (tmp_path / "run").exists()
