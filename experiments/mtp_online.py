@@ -14,9 +14,9 @@ Result:   2.13 tokens a step before RL; after 50 steps 2.52 trained along,
 
 A model of 2.5M parameters learns to list random words, letter by letter, from
 scratch, and its one module with it. RL then rewards alphabetical order: the
-policy moves away from what the module was trained on. One run shows both arms: what is drafted changes no sampled token (docs/rollout_engine.md), so every
-step's requests run a second time with the first module instead of the trained
-one.
+policy moves away from what the module was trained on. One run shows both arms:
+what is drafted changes no sampled token (docs/rollout_engine.md), so every step's
+requests run a second time with the first module instead of the trained one.
 """
 
 import asyncio

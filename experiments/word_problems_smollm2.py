@@ -71,8 +71,8 @@ def get_config() -> ml_collections.ConfigDict:
     | settings.defaults(lineup.LineupConfig),
     "context": settings.defaults(context.ContextConfig),
     "gateway": settings.defaults(server.GatewayConfig, "admin_token"),
-    # With at least 64 tokens a step, and four blocks where there are any, a
-    # sampled token does not depend, to the last bit, on what else is in it.
+    # With products of 64 rows or a multiple, a sampled token does not depend, to
+    # the last bit, on what else is in its step.
     "engine": settings.defaults(
       engine_config.EngineConfig,
       context=208,

@@ -4,8 +4,14 @@ Question:  tokens per second with drafts over those without, whatever the
            controller (engine/speculation.py) makes of them: a small model whose
            module was trained, at batch 1 and 8, sampled as in RL and greedily;
            the same with a module that never was; SmolLM2-135M with such a one.
+           And, of a run that trained a model with modules, what it answers.
 Command:   python -m experiments.benchmarks.speculation --work=FOLDER
            The first run trains the small model there, in some minutes.
+A run's:   python -m launch.train --config=experiments/word_problems_smollm2.py \
+             --config.model.mtp_modules=1 --config.trainer.mtp_learning_rate=1e-3 \
+             --workdir=RUN
+           python -m launch.export --checkpoint=RUN --to=MODEL
+           python -m experiments.benchmarks.speculation --run=RUN --model=MODEL
 Hardware:  two CPU cores, 4 GB.
 Result:    the last line is JSON; docs/rollout_engine.md has figures.
 
@@ -28,10 +34,12 @@ import jax
 
 from experiments import mtp_online
 from experiments.benchmarks import engine_load
+from forge_jax import types
 from forge_jax.engine import config as engine_config
 from forge_jax.engine import engine as engine_lib
 from forge_jax.model import decoder as decoder_lib
 from forge_jax.model import files, mtp
+from forge_jax.pool import store
 
 BATCHES = (1, 8)
 WORK = "runs/speculation"  # of the small model
@@ -82,11 +90,32 @@ def texts(count, vocab, tokens):
   ]
 
 
-def pair(decoder):
+def recorded(run, count):
+  """What the last episodes of a run asked its engine, sampled anew."""
+  with store.DataPool.open(pathlib.Path(run) / "pool", readonly=True) as pool:
+    completions = [
+      completion
+      for index in pool.indices()[-count:]
+      for completion in pool.get(index).episodes[0].completions
+    ][-count:]
+  stops = {
+    int(one.response_ids[-1])
+    for one in completions
+    if one.stop_reason == types.StopReason.STOP
+  }
+  return [
+    engine_load.request(
+      str(n), one.prompt_ids.tolist(), 48, seed=n, stop_token_ids=tuple(stops)
+    )
+    for n, one in enumerate(completions)
+  ]
+
+
+def pair(decoder, **changes):
   """The engine without drafts, and with them; both serve."""
   engines = [
     engine_lib.JaxEngine(
-      decoder, dataclasses.replace(CONFIG, draft_tokens=drafts)
+      decoder, dataclasses.replace(CONFIG, draft_tokens=drafts, **changes)
     )
     for drafts in (0, 3)
   ]
@@ -170,14 +199,33 @@ def figures(work, *, quick=False):
   }
 
 
+def of_run(run, model):
+  """The figures of a run's model, with what its agents asked."""
+  config, params = files.read_model(model)
+  decoder = decoder_lib.Decoder.from_params(config, params)
+  asked = recorded(run, 32)
+  context = max(len(one.prompt_ids) for one in asked) + 64
+  engines = pair(decoder, context=context)
+  found = {batch: speedup(engines, asked, batch, 5) for batch in BATCHES}
+  for engine in engines:
+    engine.stop()
+  return found
+
+
 def main():
   parser = argparse.ArgumentParser()
   parser.add_argument("--work", default=WORK)
+  parser.add_argument("--run", help="folder of a run, whose requests are asked")
+  parser.add_argument("--model", help="that run's model, exported")
   parser.add_argument("--quick", action="store_true")
   given = parser.parse_args()
   folder = str(pathlib.Path(".jax_cache").absolute())
   jax.config.update("jax_compilation_cache_dir", folder)
-  print(json.dumps({"speculation": figures(given.work, quick=given.quick)}))
+  if given.run:
+    found = of_run(given.run, given.model)
+  else:
+    found = figures(given.work, quick=given.quick)
+  print(json.dumps({"speculation": found}))
 
 
 if __name__ == "__main__":
