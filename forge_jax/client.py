@@ -13,8 +13,10 @@ Leaving the block closes the session; what was captured is in `completions`.
 from collections.abc import Iterator, Mapping
 import contextlib
 import ssl
+import time
 from typing import Any
 import urllib.parse
+import uuid
 
 import httpx
 
@@ -22,6 +24,7 @@ from forge_jax import errors, types
 from forge_jax.gateway import wire
 
 _TIMEOUT = 60.0  # seconds; closing waits for what is in flight to be aborted
+_PATIENCE = 60.0  # seconds in which a reward is posted again
 
 
 class Session:
@@ -55,7 +58,11 @@ class Session:
     process: bool = False,
     step: int | None = None,
   ) -> None:
-    """Adds a reward.
+    """Adds a reward, once.
+
+    While the gateway cannot be reached or cannot keep it (503), the reward is
+    posted again, for a minute; under one key, so that it counts once even if
+    only the answer was lost.
 
     Args:
       name: what it is for.
@@ -68,7 +75,16 @@ class Session:
     """
     component = types.Component.PROCESS if process else types.Component.PERF
     reward = types.Reward(name, component, value, step)
-    self._post("reward", {"rewards": [wire.reward_to_json(reward)]})
+    body, once = {"rewards": [wire.reward_to_json(reward)]}, uuid.uuid4().hex
+    give_up = time.monotonic() + _PATIENCE
+    while True:
+      try:
+        self._post("reward", body, once)
+        return
+      except _TryAgainError as error:
+        if time.monotonic() + error.seconds > give_up:
+          raise
+        time.sleep(error.seconds)
 
   def close(self) -> None:
     """Closes the session and fetches what it holds; may be called again.
@@ -85,9 +101,11 @@ class Session:
     self.completions = wire.completions_from_json(held["completions"])
     self.rewards = tuple(wire.reward_from_json(r) for r in held["rewards"])
 
-  def _post(self, what: str, body: Mapping[str, Any]) -> Mapping[str, Any]:
+  def _post(
+    self, what: str, body: Mapping[str, Any], once: str | None = None
+  ) -> Mapping[str, Any]:
     path = f"/sessions/{urllib.parse.quote(self.id, safe='')}/{what}"
-    return _post(self._http, path, self.control_key, body)
+    return _post(self._http, path, self.control_key, body, once)
 
 
 @contextlib.contextmanager
@@ -128,20 +146,40 @@ def open_session(
       session.close()
 
 
+class _TryAgainError(errors.GatewayError):
+  """The same request may succeed after some seconds."""
+
+  def __init__(self, message: str, seconds: float):
+    super().__init__(message)
+    self.seconds = seconds
+
+
 def _post(
-  http: httpx.Client, path: str, key: str, body: Mapping[str, Any]
+  http: httpx.Client,
+  path: str,
+  key: str,
+  body: Mapping[str, Any],
+  once: str | None = None,
 ) -> Mapping[str, Any]:
   where = f"POST {str(http.base_url).rstrip('/')}{path}"
+  headers = {"Authorization": f"Bearer {key}"}
+  if once is not None:
+    headers["Idempotency-Key"] = once
   try:
-    response = http.post(
-      path, json=body, headers={"Authorization": f"Bearer {key}"}
-    )
+    response = http.post(path, json=body, headers=headers)
     reply = response.json()
+  except httpx.TransportError as error:
+    message = f"{where}: {type(error).__name__}: {error}"
+    raise _TryAgainError(message, 1.0) from error
   except (httpx.HTTPError, ValueError) as error:
     raise errors.GatewayError(
       f"{where}: {type(error).__name__}: {error}"
     ) from error
   if response.is_error:
-    message = reply.get("error", {}).get("message", reply)
-    raise errors.GatewayError(f"{where}: {response.status_code}: {message}")
+    told = reply.get("error", {}).get("message", reply)
+    message = f"{where}: {response.status_code}: {told}"
+    if response.status_code == 503:
+      seconds = float(response.headers.get("Retry-After", 1.0))
+      raise _TryAgainError(message, seconds)
+    raise errors.GatewayError(message)
   return reply

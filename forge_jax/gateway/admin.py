@@ -95,9 +95,9 @@ class AdminRoutes:
     if session.closed:
       raise refusal.Refusal(f"session {session.id!r} is closed", status=409)
     self._journal.check()
-    session.reward(parsed)
+    session.rewards.add(parsed, request.headers.get("Idempotency-Key"))
     await self._journal.sync()
-    return web.json_response({"rewards": len(session.rewards)})
+    return web.json_response({"rewards": len(session.rewards.all)})
 
   async def _close(self, request: web.Request) -> web.Response:
     session = self._controlled(request)
@@ -105,7 +105,7 @@ class AdminRoutes:
     return web.json_response(
       {
         "completions": wire.completions_to_json(session.completions()),
-        "rewards": [wire.reward_to_json(r) for r in session.rewards],
+        "rewards": [wire.reward_to_json(r) for r in session.rewards.all],
       }
     )
 

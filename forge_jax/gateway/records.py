@@ -42,9 +42,10 @@ def opening(
   }
 
 
-def rewards(given: Sequence[types.Reward]) -> dict[str, Any]:
-  """Rewards that were posted."""
-  return {"kind": "rewards", "rewards": [wire.reward_to_json(r) for r in given]}
+def rewards(given: Sequence[types.Reward], key: str | None) -> dict[str, Any]:
+  """Rewards that were posted, and under what key, if any."""
+  values = [wire.reward_to_json(r) for r in given]
+  return {"kind": "rewards", "rewards": values, "key": key}
 
 
 def lost(names: Iterable[str]) -> dict[str, Any]:

@@ -36,7 +36,7 @@ class Replay:
         self._complete(record)
       case "rewards":
         rewards = [wire.reward_from_json(r) for r in record["rewards"]]
-        self.session.reward(rewards)
+        self.session.rewards.add(rewards, record.get("key"))
       case "closed":
         self.session.close()
       case "lost":

@@ -37,6 +37,7 @@ from forge_jax.gateway import (
   records,
   refusal,
   render,
+  rewards,
   stored,
 )
 
@@ -68,7 +69,6 @@ class Session:
     self.id = id
     self.seed = seed
     self.sampling = dict(sampling)
-    self.rewards: list[types.Reward] = []
     self.fork_reasons: collections.Counter[str] = collections.Counter()
     self.closed = False
     self.log: Callable[[Mapping[str, Any]], None] = lambda record: None
@@ -84,8 +84,9 @@ class Session:
     self._native_ids: dict[str, str] = {}  # of calls, see call_ids
     self._lineages = lineages.Lineages()
     self._raw = raw_prompts.RawPrompts()
-    # What the Responses protocol keeps.
-    self.stored = stored.Stored(lambda record: self.log(record))
+    log = lambda record: self.log(record)
+    self.rewards = rewards.Rewards(log)
+    self.stored = stored.Stored(log)  # what the Responses protocol keeps
 
   def begin(
     self,
@@ -243,11 +244,6 @@ class Session:
       said = self._lineages.find(said, tools)
     self._keep(node, said, tools, reply)
 
-  def reward(self, rewards: Sequence[types.Reward]) -> None:
-    """Adds rewards."""
-    self.log(records.rewards(rewards))
-    self.rewards += rewards
-
   def end(self, attempt: attempts.Attempt, delivered: bool) -> None:
     """Ends a request at the gateway; was the client sent the whole reply?"""
     self.attempts.end(attempt, delivered)
@@ -284,7 +280,7 @@ class Session:
       "requests": self._requests,
       "completions": len(self._nodes),
       "running": len(self._running),
-      "rewards": len(self.rewards),
+      "rewards": len(self.rewards.all),
       "fork_reasons": dict(self.fork_reasons),
     }
 

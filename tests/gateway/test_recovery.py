@@ -411,6 +411,47 @@ def test_a_full_disk_is_a_503_as_long_as_it_is_full(
       pass
 
 
+def test_a_reward_counts_once_though_the_disk_was_full(tmp_path, monkeypatch):
+  monkeypatch.setattr(journal, "_FIRST_PAUSE", 0.01)
+  real, failures = segment.os.fdatasync, iter(range(3))
+
+  def full(descriptor):
+    if next(failures, None) is not None:
+      raise OSError(28, "No space left on device")
+    real(descriptor)
+
+  config = server.GatewayConfig(journal=str(tmp_path))
+  with scripted.serve([], config=config) as gateway:
+    with client.open_session(gateway.url, gateway.admin_token, "s") as session:
+      monkeypatch.setattr(segment.os, "fdatasync", full)
+      session.reward("solved", 1.0)
+      assert next(failures, None) is None  # it was not taken at first
+      session.reward("solved", 1.0)  # another one
+    assert [reward.value for reward in session.rewards] == [1.0, 1.0]
+
+
+def test_a_reward_posted_again_under_its_key_counts_once(restarting):
+  each = restarting("once", [])
+  keys = each.open("s")
+
+  def post(value, key):
+    return httpx.post(
+      f"{each.gateway.url}/sessions/s/reward",
+      json={"rewards": [{"name": "r", "value": value}]},
+      headers={
+        "Authorization": f"Bearer {keys['control_key']}",
+        "Idempotency-Key": key,
+      },
+    )
+
+  assert [post(0.5, key).json()["rewards"] for key in "aab"] == [1, 1, 2]
+  each.restart()
+  assert post(0.5, "a").json()["rewards"] == 2
+  other = post(0.7, "a")
+  assert other.status_code == 422 and "other rewards" in other.text
+  assert [r["value"] for r in each.ended("s", keys)["rewards"]] == [0.5, 0.5]
+
+
 def test_what_was_lost_and_what_is_the_main_conversation_come_back():
   class Empty:
     def render(self, messages, tools):
