@@ -83,6 +83,5 @@ def find(key: str, place: str) -> Any:
     return getattr(importlib.import_module(module_name), name)
   except (ImportError, AttributeError, ValueError) as error:
     raise errors.ConfigError(
-      f"config.{key}: nothing at {place!r}; expected 'module:name', and a "
-      f"domain's NameConfig beside it: {error}"
+      f"config.{key}: nothing at {place!r}; expected 'module:name': {error}"
     ) from error

@@ -39,6 +39,9 @@ class RolloutSide:
       settings.section(toolbox.ToolboxConfig, values["tools"], "tools"),
       self.seed,
     )
+    self._maker = None  # of an agent of the user's own
+    if place := config.place:
+      self._maker = registry.find("agent.place", place)
     # What an evaluation's agent is made from.
     self.evaluated = self.lineup
     if strategy := values["eval"].get("context"):
@@ -108,11 +111,10 @@ class RolloutSide:
       line: what it is made from; None: what the run's is made from.
 
     Raises:
-      ConfigError: there is nothing at the place.
       SandboxError: tools need sandboxes, and this machine cannot make any.
     """
-    if place := self.lineup.config.place:
-      return registry.find("agent.place", place)(self, closing)
+    if self._maker is not None:
+      return self._maker(self, closing)
     on_files = any(map(_works_on_files, self.domains.values()))
     return (line or self.lineup).make(closing, on_files=on_files)
 

@@ -141,9 +141,9 @@ def test_an_agent_of_ones_own_has_a_place():
   side = rollout_side.RolloutSide(values)
   assert side.make_agent("closing") == (side, "closing")
   values["agent"]["place"] = f"{__name__}:nothing"
-  side = rollout_side.RolloutSide(values)
+  # Before anything is started or written.
   with pytest.raises(errors.ConfigError, match=r"agent\.place: nothing at"):
-    side.make_agent("closing")
+    rollout_side.RolloutSide(values)
 
 
 def test_what_an_agent_is_made_of_can_be_said_by_flags(monkeypatch):
