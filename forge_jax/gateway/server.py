@@ -68,6 +68,7 @@ from forge_jax.gateway.dialects import (
 )
 
 _POLL = 0.05  # seconds between looks at whether every session is closed
+_LOOK = 60.0  # seconds between looks for sessions that are idle, at most
 DIALECTS: tuple[base.Dialect, ...] = (
   openai_chat,
   openai_completions,
@@ -91,6 +92,8 @@ class GatewayConfig:
   # None: a random one.
   admin_token: str | None = dataclasses.field(default=None, repr=False)
   journal: str | None = None  # folder; None: sessions end with the process
+  # A session is closed when nothing was asked of it for so long; 0: never.
+  idle_seconds: float = 86_400.0
   max_body_bytes: int = 64 * 2**20
   max_running: int = 1024  # completion requests at a time
   max_waiting: int = 4096  # behind them
@@ -107,6 +110,10 @@ class GatewayConfig:
       raise errors.ConfigError(
         f"gateway.max_running={self.max_running} must be positive and "
         f"gateway.max_waiting={self.max_waiting} at least 0"
+      )
+    if not self.idle_seconds >= 0:
+      raise errors.ConfigError(
+        f"gateway.idle_seconds={self.idle_seconds} must be at least 0"
       )
     if self.max_waiting_bytes < self.max_body_bytes:
       raise errors.ConfigError(
@@ -155,6 +162,7 @@ class Gateway:
     )
     self._tls = _tls_context(config)
     self._runner: web.AppRunner | None = None
+    self._idle: asyncio.Task[None] | None = None  # closes idle sessions
     self._port = config.port
 
   @property
@@ -197,6 +205,8 @@ class Gateway:
       ) from error
     self._runner = runner
     self._port = runner.addresses[0][1]
+    if self._config.idle_seconds:
+      self._idle = asyncio.create_task(self._close_idle())
 
   async def drain(self, seconds: float) -> None:
     """Opens no further session, and waits until the open ones are closed.
@@ -213,11 +223,19 @@ class Gateway:
 
     Sessions in a journal are open again when the next gateway starts.
     """
+    if self._idle is not None:
+      self._idle.cancel()
     await self._table.abort_all()
     if self._runner is not None:
       await self._runner.cleanup()
       self._runner = None
     await self._journal.aclose()
+
+  async def _close_idle(self) -> None:
+    seconds = self._config.idle_seconds
+    while True:
+      await asyncio.sleep(min(seconds / 4, _LOOK))
+      await self._table.close_idle(seconds)
 
   def _app(self) -> web.Application:
     app = web.Application(

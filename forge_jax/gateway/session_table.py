@@ -9,6 +9,7 @@ Invariants:
   2. Closing takes the API key away first, then aborts what is in flight and
      waits for it. A closed session is held for a while, in which it may be
      closed again by a client that the answer did not reach, or be replaced.
+     One that nobody asks anything of any more may be closed by `close_idle`.
   3. What is needed to open the sessions again is in the journal: of the keys
      their digests.
 """
@@ -19,11 +20,15 @@ import dataclasses
 import functools
 import hashlib
 import hmac
+import logging
 import re
 import secrets
+import time
 
 from forge_jax.engine import api
 from forge_jax.gateway import journal, records, refusal, replay, sessions
+
+_log = logging.getLogger(__name__)
 
 _HOLD_SECONDS = 10.0  # between closing a session and forgetting it
 _NO_DIGEST = bytes(hashlib.sha256().digest_size)  # no key has it
@@ -49,6 +54,7 @@ class SessionTable:
     self._sessions: dict[str, sessions.Session] = {}
     self._by_api_key: dict[bytes, sessions.Session] = {}
     self._keys: dict[str, tuple[bytes, bytes]] = {}  # by session: API, control
+    self._asked: dict[str, float] = {}  # when something was, by session
 
   def __len__(self) -> int:
     return len(self._by_api_key)  # the open ones
@@ -100,6 +106,7 @@ class SessionTable:
     session = self._by_api_key.get(key_digest(api_key))
     if session is None:
       raise refusal.unauthorised("the API key belongs to no open session")
+    self._asked[session.id] = time.monotonic()
     return session
 
   def by_id(self, id: str) -> sessions.Session:
@@ -110,6 +117,7 @@ class SessionTable:
     """
     if id not in self._sessions:
       raise refusal.Refusal(f"no session {id!r} is open", status=404)
+    self._asked[id] = time.monotonic()
     return self._sessions[id]
 
   def controls(self, control_key: str, id: str) -> bool:
@@ -123,6 +131,27 @@ class SessionTable:
       session.close()
       self._hold(session)
     await self._abort(session)
+
+  async def close_idle(self, seconds: float) -> None:
+    """Closes sessions that were asked for nothing for so long, and run nothing.
+
+    Whoever opened them must have died. What they hold is dropped.
+    """
+    now = time.monotonic()
+    for session in list(self._by_api_key.values()):
+      if session.running:
+        self._asked[session.id] = now
+      elif now - self._asked[session.id] >= seconds:
+        summary = session.summary()
+        _log.warning(
+          "session %r is closed, with %d completions and %d rewards: nothing was "
+          "asked of it for %.0f seconds",
+          session.id,
+          summary["completions"],
+          summary["rewards"],
+          seconds,
+        )
+        await self.close(session)
 
   async def abort_all(self) -> None:
     """Aborts what is in flight in all sessions, and waits for it."""
@@ -139,6 +168,7 @@ class SessionTable:
     session.log = functools.partial(self._journal.append, session.id)
     self._sessions[session.id] = session
     self._keys[session.id] = keys
+    self._asked[session.id] = time.monotonic()
     self._by_api_key[keys[0]] = session
     if session.closed:
       self._hold(session)
@@ -151,7 +181,8 @@ class SessionTable:
 
   def _forget(self, session: sessions.Session) -> None:
     if self._sessions.get(session.id) is session:
-      del self._sessions[session.id], self._keys[session.id]
+      for table in (self._sessions, self._keys, self._asked):
+        del table[session.id]
       self._journal.forget(session.id)
 
 

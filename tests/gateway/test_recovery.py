@@ -411,6 +411,43 @@ def test_a_full_disk_is_a_503_as_long_as_it_is_full(
       pass
 
 
+def test_a_session_that_was_left_behind_is_closed(
+  tmp_path, monkeypatch, caplog
+):
+  monkeypatch.setattr(session_table, "_HOLD_SECONDS", 0.01)
+  config = server.GatewayConfig(
+    admin_token="admin", journal=str(tmp_path), idle_seconds=2.0
+  )
+
+  def asked(gateway, path, key, body=None):
+    return httpx.request(
+      "POST" if body else "GET",
+      gateway.url + path,
+      json=body,
+      headers={"Authorization": f"Bearer {key}"},
+      timeout=30,
+    )
+
+  def found(gateway):
+    paths = (f"/admin/sessions/{id}" for id in ("left", "used"))
+    return [asked(gateway, path, "admin").status_code for path in paths]
+
+  with scripted.serve(["a"] * 1000, config=config) as gateway:
+    for id in ("left", "used"):
+      opened = asked(gateway, "/admin/sessions", "admin", {"id": id}).json()
+    deadline = time.monotonic() + 60
+    while "'left' is closed, with 0" not in caplog.text:
+      assert time.monotonic() < deadline
+      body = {"model": "m", "messages": [user("?")]}
+      path, key = "/v1/chat/completions", opened["api_key"]
+      assert asked(gateway, path, key, body).is_success
+      time.sleep(0.05)
+    while found(gateway) != [404, 200]:
+      assert time.monotonic() < deadline
+  with scripted.serve([], config=config) as gateway:
+    assert found(gateway) == [404, 200]
+
+
 def test_a_reward_counts_once_though_the_disk_was_full(tmp_path, monkeypatch):
   monkeypatch.setattr(journal, "_FIRST_PAUSE", 0.01)
   real, failures = segment.os.fdatasync, iter(range(3))
