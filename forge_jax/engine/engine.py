@@ -22,6 +22,7 @@ from forge_jax.engine import (
   api,
   endings,
   grammar,
+  memory,
   prefix_cache,
   rows,
   sampling,
@@ -159,6 +160,7 @@ class JaxEngine:
     are being prefilled begin anew. A request that has sampled tokens goes on,
     with its cache or without, as `on_update` says.
     """
+    memory.give_back()  # what the weights before these were in
     state = weights_lib.receive(weights, self._runner.model, self._runner.dtype)
     prepared = self._runner.prepare(state)
     self._post("weights", (weights.version, prepared))
