@@ -65,4 +65,6 @@ def test_what_is_told_of_a_run():
   assert mixed_or_staged.forgotten([0.2, 0.9, 0.6]) == pytest.approx(0.3)
   assert bad_habits.halved([0.4, 0.4, 0.4, 0.2, 0.2, 0.2, 0.1]) == 4
   assert bad_habits.halved([0.4] * 9) is None
+  assert bad_habits.fall([0.4, 0.2, 0.1, 0.05]) == pytest.approx(np.log(2))
+  assert bad_habits.fall([0.005, 0.0]) == pytest.approx(np.log(2))
   assert bad_habits.early_and_late([3, 3, 3, 9, 6, 6, 6]) == (3, 6)
