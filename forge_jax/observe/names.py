@@ -29,6 +29,7 @@ MTP_ACCEPTED = "mtp/accepted"  # probability that a drafted token is accepted
 # reward: "reward/perf", "reward/answer", ...
 REWARD = "reward"
 NOTED = "noted"  # of each named reward: how many there are per completion
+EPISODE_FAILED = "episode/failed"  # share that failed, 0..1
 EPISODE_TOKENS = "episode/tokens"  # response tokens of an episode, mean
 
 # Of each domain: "domain_success/terminal", ...

@@ -35,6 +35,7 @@ class StabilityConfig:
   effective_share: float = 0.3  # of tokens, by their ratios, at least
   length_drift: float = 3.0  # factor from the first steps on, either way
   language_mixing: float = 0.2  # share of completions, at most
+  failed: float = 0.5  # share of episodes, at most
   gaming: float = 0.7  # anticorrelation of a reward and success, at most
   # Collapsed: smoothed success is below this share of its best, for so long.
   collapse_share: float = 0.4
@@ -47,7 +48,7 @@ class StabilityConfig:
         raise errors.ConfigError(
           f"stability.{name} is {getattr(self, name)}; expected at least 1"
         )
-    for name in ("gaming", "collapse_share", "effective_share"):
+    for name in ("gaming", "collapse_share", "effective_share", "failed"):
       if not 0 <= getattr(self, name) <= 1:
         raise errors.ConfigError(
           f"stability.{name} is {getattr(self, name)}; expected 0 to 1"
@@ -67,6 +68,7 @@ class Stability:
     self._best = 0.0
     self._best_step = 0
     self._low_steps = 0
+    self._failed_steps = 0
     self._figures: dict[str, float] = {}
     self._alarms: dict[str, str] = {}
     self._collapse: tuple[str, int] | None = None  # why; the last good step
@@ -194,6 +196,13 @@ class Stability:
         f"{mixing:.0%} of the completions mix languages, above "
         f"{config.language_mixing:.0%}",
       )
+    failed = values.get(names.EPISODE_FAILED, nan)
+    if failed > config.failed:
+      yield (
+        "failed",
+        f"{failed:.0%} of the episodes failed, above {config.failed:.0%}; the "
+        "rollout host's warnings say how",
+      )
     yield from self._gamed()
 
   def _gamed(self) -> Iterator[tuple[str, str]]:
@@ -220,6 +229,14 @@ class Stability:
           event.step - 1,
         )
         return
+    failed = event.values.get(names.EPISODE_FAILED, 0.0) == 1
+    self._failed_steps = self._failed_steps + 1 if failed else 0
+    if self._failed_steps >= self._config.collapse_steps:
+      self._collapse = (
+        f"step {event.step}: every episode of {self._failed_steps} steps failed",
+        event.step - self._failed_steps,
+      )
+      return
     success = event.values[names.TRAIN_SUCCESS]
     if self._smoothed is None:
       self._smoothed = success

@@ -16,6 +16,7 @@ import asyncio
 import collections
 from collections.abc import Mapping
 import dataclasses
+import logging
 from typing import Protocol
 
 from forge_jax import errors, types
@@ -25,6 +26,8 @@ from forge_jax.pool import progress
 from forge_jax.rollout import episode as episode_lib
 from forge_jax.rollout import process as process_lib
 from forge_jax.tasks import base as tasks_base
+
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -204,7 +207,16 @@ class RolloutHost:
 
   def _count(self, episode: types.Episode) -> None:
     self._counts["episodes"] += 1
-    self._counts["failures"] += episode.status == types.EpisodeStatus.FAILED
+    if episode.status == types.EpisodeStatus.FAILED:
+      self._counts["failures"] += 1
+      count = int(self._counts["failures"])
+      if not count & (count - 1):  # the first, second, fourth, ...
+        _log.warning(
+          "episode %s failed, the %d. that did: %s",
+          episode.id,
+          count,
+          episode.error,
+        )
     self._counts["timeouts"] += episode.status == types.EpisodeStatus.TIMED_OUT
     self._counts["response_tokens"] += sum(
       len(c.response_ids) for c in episode.completions

@@ -92,6 +92,7 @@ class Score:
   """What an episode got."""
 
   domain: str
+  failed: bool  # its agent or its environment raised
   success: bool  # perf >= 1, before its cap
   process: float  # sum over its steps, capped, alpha left out
   speed: float  # capped, beta left out
@@ -244,6 +245,7 @@ def _score(
     named[reward.name] += reward.value
   return Score(
     domain=episode.task.domain,
+    failed=episode.status == types.EpisodeStatus.FAILED,
     success=episode.perf >= 1,
     process=float(process_S.sum()),
     speed=float(speed_S.sum()),

@@ -21,6 +21,9 @@ def figures(scores: Sequence[credit.Score]) -> dict[str, float]:
   values[names.EPISODE_TOKENS] = statistics.fmean(
     score.response_tokens for score in scores
   )
+  values[names.EPISODE_FAILED] = statistics.fmean(
+    score.failed for score in scores
+  )
   for domain in sorted({score.domain for score in scores}):
     values |= _of_domain(domain, scores)
   return values

@@ -46,6 +46,7 @@ def test_a_healthy_run_is_silent(caplog):
     ({names.EPISODE_TOKENS: 10.0}, "0.1 times as long"),
     ({f"{names.NOTED}/language_mixing": 0.3}, "30% of the completions"),
     ({names.TRAIN_GRAD_NORM: 100.0}, "gradient norm's variance"),
+    ({names.EPISODE_FAILED: 0.75}, "75% of the episodes failed"),
   ],
 )
 def test_an_alarm_is_logged_once_and_ends(last, message, caplog):
@@ -105,6 +106,13 @@ def test_what_is_not_finite_is_a_collapse(name, value):
   with pytest.raises(errors.CollapseError, match=f"step 3: {name} is") as e:
     watch.check([1, 2, 3])
   assert "checkpoint is that of step 2" in str(e.value)
+
+
+def test_a_run_whose_every_episode_fails_ends():
+  fails = {names.TRAIN_SUCCESS: 0.0, names.EPISODE_FAILED: 1.0}
+  watched([{}, *[fails] * 4, {names.EPISODE_FAILED: 0.9}, fails]).check([])
+  with pytest.raises(errors.CollapseError, match="step 7: every episode of 5"):
+    watched([{}, {}, *[fails] * 5]).check([2])
 
 
 def test_a_run_that_never_succeeded_cannot_collapse():

@@ -95,7 +95,7 @@ async def test_sampling_and_seed_reach_the_gateway(pool):
   assert all(sampling == {"temperature": 0.5} for _, sampling in seen)
 
 
-async def test_bad_episodes_are_data_in_their_group(pool):
+async def test_bad_episodes_are_data_in_their_group(pool, caplog):
   rig = Rig(
     pool,
     mixture=fakes.FakeMixture((1.0, float("nan"), None)),
@@ -111,6 +111,9 @@ async def test_bad_episodes_are_data_in_their_group(pool):
         (episode.error is None) if error is None else error in (episode.error)
       )
       assert len(episode.completions) == 1
+  said = [text for text in caplog.messages if "failed, the" in text]
+  assert len(said) >= 3 and "failed, the 1. that did" in said[0]
+  assert len(said) <= stats["failures"].bit_length()
   assert stats["failures"] >= 6 and stats["groups"] >= 3
   assert stats["response_tokens"] == 4 * stats["episodes"] >= 36
 

@@ -7,6 +7,7 @@ from forge_jax.trainer import credit, scores
 
 def score(domain, success, named=(), noted=(), **fields):
   made = {
+    "failed": False,
     "process": 0.0,
     "speed": 0.0,
     "perf": float(success),
@@ -24,7 +25,7 @@ def test_figures_by_component_name_and_domain():
   found = scores.figures(
     [
       score("a", True, {"answer": 1.0}, {"answer": 1}, seconds=4.0),
-      score("a", False, {"loop": -0.2}, {"loop": 2}, process=-0.1),
+      score("a", False, {"loop": -0.2}, {"loop": 2}, process=-0.1, failed=True),
       score("b", True, {"answer": 1.0}, {"answer": 1}, response_tokens=40),
     ]
   )
@@ -38,6 +39,7 @@ def test_figures_by_component_name_and_domain():
       f"{names.NOTED}/answer": 2 / 6,
       f"{names.NOTED}/loop": 2 / 6,
       names.EPISODE_TOKENS: 20.0,
+      names.EPISODE_FAILED: 1 / 3,
       f"{names.DOMAIN_SHARE}/a": 2 / 3,
       f"{names.DOMAIN_SHARE}/b": 1 / 3,
       f"{names.DOMAIN_SUCCESS}/a": 0.5,
