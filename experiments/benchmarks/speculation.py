@@ -180,7 +180,7 @@ def figures(work, *, quick=False):
     config, params = files.read_model(SMOLLM2)
     decoder = fresh(decoder_lib.Decoder.from_params(config, params))
     asked = texts(8, config.vocab_size, 64)
-    arms.append(("SmolLM2, untrained", decoder, {"": asked}, 2))
+    arms.append(("SmolLM2, untrained", decoder, {"": asked}, 4))
   found = {}
   for name, decoder, kinds, times in arms:
     engines = pair(decoder)
