@@ -49,10 +49,10 @@ _PRETRAIN = flags.DEFINE_integer(
   "pretrain", 200, "updates before it; 0: from --first"
 )
 _FIRST = flags.DEFINE_string(
-  "first", "/tmp/mtp_online_first.npz", "weights before RL"
+  "first", "runs/mtp_online/first.npz", "weights before RL"
 )
 MODEL_PATH = flags.DEFINE_string(
-  "model", "/tmp/mtp_online.npz", "where the trained weights go"
+  "model", "runs/mtp_online/last.npz", "where the trained weights go"
 )
 
 RESULT = pathlib.Path("docs/results/mtp_online.json")
@@ -310,6 +310,7 @@ def picture(steps: Sequence[Mapping[str, float]]):
 def save(decoder: decoder_lib.Decoder, path: str) -> None:
   """Writes a decoder's weights."""
   params = decoder_lib.flatten(nnx.state(decoder))
+  pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
   np.savez(path, **{name: np.asarray(x) for name, x in params.items()})
 
 
@@ -340,10 +341,9 @@ def main(argv: Sequence[str]) -> None:
   figures, decoder = reinforce(task, load(_FIRST.value), _STEPS.value)
   save(decoder, MODEL_PATH.value)
   result = summary(figures)
-  RESULT.parent.mkdir(parents=True, exist_ok=True)
-  RESULT.write_text(json.dumps(result, indent=1) + "\n")
   print(json.dumps({k: v for k, v in result.items() if k != "steps"}))
   if drawing.PICTURE.value:
+    RESULT.write_text(json.dumps(result, indent=1) + "\n")
     drawing.write("mtp_online", picture(result["steps"]))
 
 

@@ -53,7 +53,6 @@ def small(work):
   """The model of experiments/mtp_online.py before RL, and its module."""
   path = pathlib.Path(work) / "mtp_online_first.npz"
   if not path.exists():
-    path.parent.mkdir(parents=True, exist_ok=True)
     mtp_online.save(mtp_online.pretrain(mtp_online.Lists(), 200), str(path))
   return mtp_online.load(str(path))
 
