@@ -226,24 +226,24 @@ def _by_pages(
   """
   R, W, H, C = q_RWHC.shape
   _, K, S, _ = k_PKSC.shape
-  N = max(_AT_ONCE // R, 1)
+  step = max(_AT_ONCE // R, 1)  # pages of a row at a time
   wide = jnp.promote_types(q_RWHC.dtype, jnp.float32)
   q = q_RWHC.reshape(R, W, K, H // K, C).transpose(0, 2, 1, 3, 4)
   q = q.reshape(R, K, -1, C) * jnp.asarray(C**-0.5, q_RWHC.dtype)
-  q = jnp.repeat(q, N, axis=0)
+  q = jnp.repeat(q, step, axis=0)
   # Each query's position, in the order of q's rows.
   at_RG = jnp.repeat(rows.position_RW, H // K, axis=1)
   # What is past the end of a table is never seen.
-  missing = -rows.table_RN.shape[1] % N
+  missing = -rows.table_RN.shape[1] % step
   table_RN = jnp.pad(rows.table_RN, ((0, 0), (0, missing)))
 
   def body(n, state):
     peak, total, o = state
-    page = jax.lax.dynamic_slice_in_dim(table_RN, n * N, N, 1).reshape(-1)
+    page = jax.lax.dynamic_slice_in_dim(table_RN, n * step, step, 1).reshape(-1)
     k, v = (x.at[page].get(mode="clip") for x in (k_PKSC, v_PKSC))
     scores = jnp.einsum("pkgc,pksc->pkgs", q, k, preferred_element_type=wide)
-    scores = scores.reshape(R, N, *scores.shape[1:])
-    position = (n * N + jnp.arange(N))[:, None] * S + jnp.arange(S)[None]
+    scores = scores.reshape(R, step, *scores.shape[1:])
+    position = (n * step + jnp.arange(step))[:, None] * S + jnp.arange(S)[None]
     seen = position[None, :, None] <= at_RG[:, None, :, None]
     scores = jnp.where(seen[:, :, None], scores, -jnp.inf)
     new_peak = jnp.maximum(peak, scores.max((1, 4)))
@@ -251,11 +251,11 @@ def _by_pages(
     keep = jnp.exp(peak - new_peak)
     part = jnp.einsum(
       "pkgs,pksc->pkgc",
-      mass.reshape(R * N, *mass.shape[2:]).astype(v.dtype),
+      mass.reshape(R * step, *mass.shape[2:]).astype(v.dtype),
       v,
       preferred_element_type=wide,
     )
-    part = part.reshape(R, N, *part.shape[1:]).sum(1)
+    part = part.reshape(R, step, *part.shape[1:]).sum(1)
     return (
       new_peak,
       total * keep + mass.sum((1, 4)),
@@ -270,7 +270,7 @@ def _by_pages(
     jnp.zeros((*shape, C), wide),
   )
   last_R = rows.start_R + rows.length_R
-  count = (jnp.maximum(last_R.max(), 1) + N * S - 1) // (N * S)
+  count = (jnp.maximum(last_R.max(), 1) + step * S - 1) // (step * S)
   _, total, o = jax.lax.fori_loop(0, count, body, state)
   # Padding of a block may be past every page that was looped over: no mass.
   o = o / jnp.where(total == 0, 1, total)[..., None]

@@ -212,7 +212,7 @@ class RolloutHost:
       count = int(self._counts["failures"])
       if not count & (count - 1):  # the first, second, fourth, ...
         _log.warning(
-          "episode %s failed, the %d. that did: %s",
+          "episode %s failed (%d so far): %s",
           episode.id,
           count,
           episode.error,

@@ -44,6 +44,17 @@ JSON = "start: %json " + json.dumps(
 )
 
 
+CONFIG = config.EngineConfig(
+  slots=8,
+  context=256,
+  decode_rows=(8,),
+  prefill_rows=(4,),
+  prefill_chunk=16,
+  row_multiple=8 + 4 * 16,  # steps of one size: the same to the last bit
+  warm_shaped=True,
+)
+
+
 @pytest.fixture(scope="module")
 def grammars(byte_tokenizer):
   return grammar.Grammars(byte_tokenizer, 260)
@@ -53,15 +64,7 @@ def grammars(byte_tokenizer):
 def running(byte_tokenizer, byte_decoder, grammars):
   made = engine.JaxEngine(
     byte_decoder,
-    config.EngineConfig(
-      slots=8,
-      context=256,
-      decode_rows=(8,),
-      prefill_rows=(4,),
-      prefill_chunk=16,
-      row_multiple=8 + 4 * 16,  # steps of one size: the same to the last bit
-      warm_shaped=True,
-    ),
+    CONFIG,
     decode_text=byte_tokenizer.decode,
     grammars=grammars,
   )
@@ -226,18 +229,7 @@ async def test_drafts_change_nothing_under_a_grammar(
 def test_a_plain_row_is_sampled_by_the_same_program_in_any_company(
   byte_decoder,
 ):
-  made = runner.Runner(
-    byte_decoder,
-    config.EngineConfig(
-      slots=8,
-      context=64,
-      page=16,
-      decode_rows=(8,),
-      prefill_rows=(4,),
-      prefill_chunk=16,
-      row_multiple=8 + 4 * 16,
-    ),
-  )
+  made = runner.Runner(byte_decoder, CONFIG)
   rows = [batch.Row((n + 1,), (1, 2 + n), 0, n, 1.0, 0, 1.0) for n in range(12)]
   one = np.ones(1, np.float32)
   shape = sampling.Shape(np.array([65], np.int32), one, 6 * one)
