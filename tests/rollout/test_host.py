@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import re
 
 import pytest
 import rollout_fakes as fakes
@@ -111,9 +112,9 @@ async def test_bad_episodes_are_data_in_their_group(pool, caplog):
         (episode.error is None) if error is None else error in (episode.error)
       )
       assert len(episode.completions) == 1
-  said = [text for text in caplog.messages if "so far): " in text]
-  assert len(said) >= 3 and "failed (1 so far): " in said[0]
-  assert len(said) <= stats["failures"].bit_length()
+  said = re.findall(r"failed \((\d+) so far\): ", caplog.text)
+  assert len(said) >= 3  # the host may have gone on since the figures
+  assert said == [str(2**n) for n in range(len(said))]
   assert stats["failures"] >= 6 and stats["groups"] >= 3
   assert stats["response_tokens"] == 4 * stats["episodes"] >= 36
 
