@@ -107,13 +107,13 @@ class EpisodeRunner:
       try:
         endpoint = self._endpoint(attempt, session, keys)
         outcome = await self._play(attempt, make_environment, endpoint)
+        completions, posted = await _persist(
+          lambda: self._gateway.close_session(session)
+        )
       except asyncio.CancelledError:
         with contextlib.suppress(errors.GatewayError):
           await self._gateway.close_session(session)
         raise
-      completions, posted = await _persist(
-        lambda: self._gateway.close_session(session)
-      )
     outcome.add_rewards(posted)
     if self._process is not None:
       outcome.add_rewards(self._process(completions, outcome.messages))
