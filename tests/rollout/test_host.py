@@ -150,7 +150,7 @@ async def test_cancellation_closes_sessions_and_gives_back_groups(pool):
   async def hang():
     await asyncio.Event().wait()
 
-  rig = Rig(pool, fakes.Echo(hang))
+  rig = Rig(pool, fakes.Echo(hang), window={"in_flight": 4, "window": 1})
   async with rig.running() as task:
     while rig.agent.running < 5:
       await asyncio.sleep(0)
